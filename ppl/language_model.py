@@ -1,0 +1,79 @@
+"""What a language model is to this library: a pytree of weights with a causal forward pass over cached tokens.
+
+Anything with the members of `LanguageModel` can be prompted, generated from and scored. Three kinds ship in
+`latentrace.models`; `MarkovLM` there is the shortest complete example.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Block(NamedTuple):
+    """A run of cached tokens, shared by several contexts or owned by one particle."""
+
+    entries: Any
+    """What `LanguageModel.forward` returned for these tokens: a pytree whose leaves have the slot axis at -2."""
+    mask: Array
+    """bool[slots]: the slots that belong to this context."""
+
+
+class Memory(NamedTuple):
+    """Everything that precedes the new tokens of a forward pass."""
+
+    blocks: tuple[Block, ...]
+    position: Array
+    """int32[]: how many tokens precede the first new one."""
+    last: Any
+    """The entries of the most recent cached token (slot axis of size 1); zeros where `position` is 0."""
+
+
+def empty_memory() -> Memory:
+    """The memory before the first token."""
+    return Memory((), jnp.int32(0), None)
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A causal model of token sequences. The object itself is a pytree: leaves are weights, the rest is static."""
+
+    vocab_size: int
+    """Number of tokens V; the rows of logits have this length."""
+    eos_id: int
+    """The token that ends a text."""
+    start_id: int
+    """The token that an empty prompt starts from (may equal `vocab_size`, a token that is never generated)."""
+    adds_start: bool
+    """Whether the start token precedes a prompt given as text (as in Llama's tokenizers, not in GPT-2's)."""
+    max_length: int
+    """The most tokens, start token included, that one context may hold."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without a start token."""
+        ...
+
+    def decode(self, ids: Any) -> str:
+        """The text of token ids; start and end tokens are left out."""
+        ...
+
+    def token_bytes(self) -> list[bytes]:
+        """The exact bytes that each token adds to a text, b"" for special tokens; length V."""
+        ...
+
+    def forward(self, tokens: Array, memory: Memory) -> tuple[Array, Any]:
+        """Features [T, D] of `tokens` (int32[T]) after `memory`, and their cache entries (slot axis -2, size T).
+
+        Token t sees all of `memory` and the new tokens up to itself.
+        """
+        ...
+
+    def unembed(self, features: Array) -> Array:
+        """Logits float32[T, V] of the token after each row of features [T, D]."""
+        ...
+
+    def logits(self, tokens: Any) -> Array:
+        """Logits float32[T, V] of a whole sequence int[T]; row t predicts token t + 1."""
+        ...
