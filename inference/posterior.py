@@ -1,0 +1,199 @@
+"""What every algorithm returns: weighted traces, and what they say."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy.special import logsumexp
+
+from latentrace.ppl import Text
+from latentrace.ppl.errors import SiteNameError, near_misses
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a run cost."""
+
+    tokens_generated: int
+    tokens_scored: int
+    """tokens of given, observed or enumerated texts"""
+    model_calls: int
+    """passes through a language model, each for the whole population"""
+    potential_calls: int
+    """evaluations of factors, conditions and twists, summed over particles"""
+    seconds: float
+    """wall time, compilation included where there was any"""
+    utilisation: float
+    """tokens generated per particle and model call: how busy the population was while it generated"""
+
+
+class Row(NamedTuple):
+    """One line of a marginal."""
+
+    value: Any
+    probability: float
+    error: float
+    """Monte Carlo standard error of `probability`; 0 under exact inference"""
+
+
+class Marginal(tuple[Row, ...]):
+    """The distribution of one value, most probable first. Prints as a table; shows as one in a notebook."""
+
+    __slots__ = ()
+
+    def top(self, k: int) -> "Marginal":
+        return Marginal(self[i] for i in range(min(k, len(self))))
+
+    def __repr__(self) -> str:
+        width = max([5, *(len(_cell(r.value)) for r in self)])
+        lines = [f"{'value':{width}}  probability  error"]
+        lines += [f"{_cell(r.value):{width}}  {r.probability:11.4f}  {r.error:.4f}" for r in self]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(
+            f"<tr><td><code>{escape(_cell(r.value))}</code></td><td>{r.probability:.4f}</td><td>{r.error:.4f}</td></tr>"
+            for r in self
+        )
+        return f"<table><tr><th>value</th><th>probability</th><th>error</th></tr>{rows}</table>"
+
+
+def _cell(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def hashable(value: Any) -> Any:
+    """A value as it stands in a marginal: strings, numbers and tuples."""
+    if isinstance(value, Text):
+        value = value.decode()
+    if isinstance(value, (list, tuple)):
+        return tuple(hashable(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple((k, hashable(v)) for k, v in value.items())
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return hashable(np.asarray(value).tolist())
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Weighted traces. Every array of `values` and `returned` has particles as its leading axis, of length N."""
+
+    values: dict[str, Any]
+    """value of every site: an array, or a `Text` whose fields have leading axes"""
+    returned: Any
+    """what the program returned"""
+    log_weights: np.ndarray
+    """float32[N], nats: log of target over proposal; not normalised"""
+    ledger: Ledger
+    active: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """bool[N, ...] for every site: False where it stood in an untaken branch or past a loop's end"""
+    exact: bool = False
+    """whether the traces are all that exist, so that nothing is estimated"""
+    restricted: bool = False
+    """whether a proposal left out tokens that the model allows: the target is then p on the proposal's support"""
+
+    @cached_property
+    def log_evidence(self) -> float:
+        """log of the target's normaliser, nats; its estimate is unbiased on the natural scale."""
+        total = float(logsumexp(self.log_weights.astype(np.float64)))
+        return total if self.exact else total - float(np.log(len(self.log_weights)))
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """float64[N], normalised."""
+        log_weights = self.log_weights.astype(np.float64)
+        return np.exp(log_weights - logsumexp(log_weights))
+
+    @cached_property
+    def ess(self) -> float:
+        """Effective sample size 1 / sum of squared weights, between 1 and N."""
+        return float(1 / (self.weights**2).sum())
+
+    def of(self, name_or_fn: str | Callable[[dict[str, Any]], Any]) -> list[Any]:
+        """The value of a site, or of a function of one trace's values, for every particle; length N.
+
+        A function receives a dictionary with each site's value for one particle: NumPy arrays, and `Text`s whose
+        `decode()` gives their string.
+        """
+        if callable(name_or_fn):
+            return [name_or_fn({k: self._at(v, i) for k, v in self.values.items()}) for i in range(len(self.log_weights))]
+        if name_or_fn not in self.values:
+            raise SiteNameError(f"no site {name_or_fn!r}: {near_misses(name_or_fn, self.values)}")
+        value = self.values[name_or_fn]
+        return value.decode() if isinstance(value, Text) else list(value)
+
+    @staticmethod
+    def _at(value: Any, i: int) -> Any:
+        return value[i] if isinstance(value, Text) else jax.tree.map(lambda x: x[i], value)
+
+    def marginal(self, name_or_fn: str | Callable[[dict[str, Any]], Any]) -> Marginal:
+        """The distribution of a site's value or of a function of the trace: value, probability, Monte Carlo error."""
+        totals: dict[Any, float] = {}
+        squares: dict[Any, float] = {}
+        for value, w in zip(self.of(name_or_fn), self.weights):
+            key = hashable(value)
+            totals[key] = totals.get(key, 0.0) + w
+            squares[key] = squares.get(key, 0.0) + w * w
+        total_square = float((self.weights**2).sum())
+        rows = [Row(k, p, self._error(p, squares[k], total_square)) for k, p in totals.items() if p > 0]
+        return Marginal(sorted(rows, key=lambda r: -r.probability))
+
+    def _error(self, p: float, square: float, total_square: float) -> float:
+        """Standard error of a self-normalised estimate of a probability: sum of w^2 (1[x] - p)^2, rooted."""
+        return 0.0 if self.exact else float(np.sqrt(max(square * (1 - 2 * p) + p * p * total_square, 0.0)))
+
+    def expectation(self, fn: Callable[[dict[str, Any]], Any] | str) -> Any:
+        """The posterior mean of a site or of a function of the trace (see `of`)."""
+        values = np.asarray([np.asarray(v, np.float64) for v in self.of(fn)])
+        return np.tensordot(self.weights, values, axes=1)
+
+    def probability(self, fn: Callable[[dict[str, Any]], Any]) -> float:
+        """The posterior probability that `fn` holds for a trace."""
+        return float(self.weights[np.asarray([bool(v) for v in self.of(fn)])].sum())
+
+    def sample(self, rng_key: jax.Array, n: int) -> "Posterior":
+        """`n` equally weighted traces, drawn from this posterior with replacement (systematically)."""
+        u = (float(jax.random.uniform(rng_key)) + np.arange(n)) / n
+        cumulative = np.cumsum(self.weights)
+        index = np.searchsorted(cumulative / cumulative[-1], u, side="right")
+        index = np.random.default_rng(np.asarray(jax.random.key_data(rng_key))).permutation(index)
+        take = lambda tree: jax.tree.map(lambda x: np.asarray(x)[index], tree)
+        log_weights = np.full(n, self.log_evidence, np.float32)
+        return Posterior(take(self.values), take(self.returned), log_weights, self.ledger, take(self.active),
+                         restricted=self.restricted)  # fmt: skip
+
+    def to_arviz(self) -> Any:
+        """The posterior for ArviZ: N equal-weight draws, resampled by us, with the weighted particles beside them.
+
+        Texts enter as strings. ArviZ 0.x gives an `InferenceData`, 1.x a `DataTree`; the group `particles` holds the raw
+        values with `log_weight`.
+        """
+        import arviz
+
+        draws = self.sample(jax.random.key(0), len(self.log_weights))
+        group = {name: _plain(value)[None] for name, value in draws.values.items()}
+        raw = {name: _plain(value)[None] for name, value in self.values.items()}
+        raw["log_weight"] = self.log_weights[None]
+        if hasattr(arviz, "from_dict") and not hasattr(arviz, "InferenceData"):
+            return arviz.from_dict({"posterior": group, "particles": raw})
+        data = arviz.from_dict(posterior=group)
+        data.add_groups({"particles": arviz.dict_to_dataset(raw).to_dict() if False else arviz.dict_to_dataset(raw)})
+        return data
+
+    def __repr__(self) -> str:
+        kind = "traces" if self.exact else "particles"
+        note = ", target restricted to the proposal's support" if self.restricted else ""
+        return (
+            f"Posterior({len(self.log_weights)} {kind}, log evidence {self.log_evidence:.3f}, ESS {self.ess:.1f}{note}; "
+            f"sites: {', '.join(self.values)})"
+        )
+
+
+def _plain(value: Any) -> np.ndarray:
+    return np.asarray(value.decode() if isinstance(value, Text) else value)

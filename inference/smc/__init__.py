@@ -1,0 +1,5 @@
+"""Sequential Monte Carlo."""
+
+from .smc import SMC
+
+__all__ = ["SMC"]

@@ -1,0 +1,230 @@
+"""The Game of 24: puzzles, exact solutions, and the text in which a solution is written.
+
+A puzzle is four whole numbers; combine them with + - * / to make 24, each number used once. A *trace* is three steps,
+one line each: an operation, then the numbers that remain.
+
+    4 6 8 10          the prompt
+    10-4=6 | 6 6 8    a step: operation, then what remains, ascending
+    8-6=2 | 2 6       ...
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+TARGET = 24
+LARGEST_INPUT = 13
+"""The largest number of a puzzle, as in a deck of cards."""
+LARGEST_NUMBER = 199
+"""The largest number that the reasoner can write."""
+
+Number = int | Fraction
+State = tuple[Number, ...]
+
+_NUMBER = r"(?:0|[1-9][0-9]*)"
+_STEP = re.compile(rf"({_NUMBER})([-+*/])({_NUMBER})=({_NUMBER}) \| ({_NUMBER}(?: {_NUMBER})*)\n")
+
+
+class Step(NamedTuple):
+    """One reduction: `left op right = result`, and the numbers that remain after it."""
+
+    left: Number
+    op: str
+    right: Number
+    result: Number
+    remaining: State
+    """Ascending in canonical steps."""
+
+
+def check_puzzle(numbers: str | Sequence[int]) -> tuple[int, ...]:
+    """The four numbers of a puzzle given as text ("4 6 8 10") or as integers; ValueError where it is none."""
+    expected = f"expected four whole numbers from 1 to {LARGEST_INPUT}, such as 4 6 8 10"
+    words = numbers.replace(",", " ").split() if isinstance(numbers, str) else list(numbers)
+    if len(words) != 4:
+        raise ValueError(f"{expected}; found {len(words)} in {numbers!r}")
+    for word in words:
+        if not re.fullmatch(r"[0-9]+", str(word)):
+            raise ValueError(f"{expected}; {str(word)!r} is not a whole number")
+        if not 1 <= int(word) <= LARGEST_INPUT:
+            raise ValueError(f"{expected}; {word} is out of range")
+    return tuple(int(word) for word in words)
+
+
+def format_prompt(numbers: Sequence[int]) -> str:
+    """The prompt of a puzzle: its numbers in the order given, and a newline."""
+    return " ".join(str(number) for number in numbers) + "\n"
+
+
+def parse_prompt(text: str) -> tuple[int, ...]:
+    """The numbers of a prompt such as "4 6 8 10\\n"."""
+    return check_puzzle(text)
+
+
+def format_step(step: Step) -> str:
+    """The line of a step whose numbers are whole, newline included."""
+    numbers = (step.left, step.right, step.result, *step.remaining)
+    if any(Fraction(number).denominator != 1 or number < 0 for number in numbers):
+        raise ValueError(f"a step is written in non-negative whole numbers only; found {step}")
+    remaining = " ".join(str(number) for number in step.remaining)
+    return f"{step.left}{step.op}{step.right}={step.result} | {remaining}\n"
+
+
+def parse_step(line: str) -> Step:
+    """The step that a line says (right or wrong); ValueError where the line is no step."""
+    match = _STEP.fullmatch(line)
+    if match is None:
+        raise ValueError(f"expected a step such as '10-4=6 | 6 6 8' and a newline; found {line!r}")
+    left, op, right, result, remaining = match.groups()
+    return Step(int(left), op, int(right), int(result), tuple(int(word) for word in remaining.split()))
+
+
+def format_trace(steps: Sequence[Step]) -> str:
+    """The lines of several steps."""
+    return "".join(format_step(step) for step in steps)
+
+
+def parse_trace(text: str) -> tuple[Step, ...]:
+    """The steps of a text of whole lines; ValueError where a line is no step."""
+    return tuple(parse_step(line) for line in text.splitlines(keepends=True))
+
+
+def apply_step(remaining: Sequence[Number], step: Step) -> State | None:
+    """The numbers that remain after a step, ascending; None where the step is wrong."""
+    left_over = list(remaining)
+    for operand in (step.left, step.right):
+        if operand not in left_over:
+            return None
+        left_over.remove(operand)
+    correct = {
+        "+": step.left + step.right == step.result,
+        "-": step.left - step.right == step.result,
+        "*": step.left * step.right == step.result,
+        "/": step.right != 0 and step.right * step.result == step.left,
+    }[step.op]
+    state = tuple(sorted([*left_over, step.result]))
+    return state if correct and state == tuple(sorted(step.remaining)) else None
+
+
+def verify(numbers: Sequence[int], trace: str) -> bool:
+    """Whether `trace` makes 24 from `numbers`: three lines, each a right step from the numbers that remain.
+
+    Operands and remaining numbers may stand in any order. Every line ends in a newline.
+    """
+    try:
+        steps = parse_trace(trace)
+    except ValueError:
+        return False
+    state: State | None = tuple(numbers)
+    for step in steps:
+        state = apply_step(state, step)
+        if state is None:
+            return False
+    return len(steps) == 3 and state == (TARGET,)
+
+
+def solve(numbers: Sequence[int], whole: bool = False) -> list[tuple[Step, ...]]:
+    """All distinct traces, in canonical form, that make 24 from `numbers`; empty where there are none.
+
+    Intermediate results are never negative, which loses no solution. With `whole`, they are also whole numbers up to
+    `LARGEST_NUMBER`: the traces that the reasoner can write.
+    """
+    return list(_traces(tuple(sorted(numbers)), whole))
+
+
+def needs_fractions(numbers: Sequence[int]) -> bool:
+    """Whether a puzzle has solutions but none in whole numbers."""
+    return not solve(numbers, whole=True) and bool(solve(numbers))
+
+
+@lru_cache(maxsize=1 << 16)
+def _traces(state: State, whole: bool) -> tuple[tuple[Step, ...], ...]:
+    if len(state) == 1:
+        return ((),) if state[0] == TARGET else ()
+    return tuple((step, *rest) for step in _steps(state, whole) for rest in _traces(step.remaining, whole))
+
+
+def _steps(state: State, whole: bool) -> Iterator[Step]:
+    """Every distinct canonical step from an ascending state."""
+    seen = set()
+    for i in range(len(state)):
+        for j in range(i + 1, len(state)):
+            small, large = state[i], state[j]
+            if (small, large) in seen:
+                continue
+            seen.add((small, large))
+            rest = state[:i] + state[i + 1 : j] + state[j + 1 :]
+            for left, op, right, result in _operations(small, large):
+                if whole and (Fraction(result).denominator != 1 or result > LARGEST_NUMBER):
+                    continue
+                yield Step(left, op, right, result, tuple(sorted((*rest, result))))
+
+
+def _operations(small: Number, large: Number) -> Iterator[tuple[Number, str, Number, Number]]:
+    """Operations on two ascending numbers: + and * take the smaller first, - the larger."""
+    yield small, "+", large, small + large
+    yield large, "-", small, large - small
+    yield small, "*", large, small * large
+    if small != 0:
+        yield large, "/", small, _quotient(large, small)
+    if large not in (0, small):
+        yield small, "/", large, _quotient(small, large)
+
+
+def _quotient(a: Number, b: Number) -> Number:
+    quotient = Fraction(a) / Fraction(b)
+    return int(quotient) if quotient.denominator == 1 else quotient
+
+
+class _Node(NamedTuple):
+    """A number ("leaf"), a sum of signed terms ("+") or a product of factors to the power 1 or -1 ("*")."""
+
+    kind: str
+    value: Number
+    parts: tuple[tuple[int, "_Node"], ...] = ()
+
+    def text(self) -> str:
+        if self.kind == "leaf":
+            return str(self.value)
+        positive, negative = ("+", "-") if self.kind == "+" else ("*", "/")
+        words = []
+        for sign, part in self.parts:
+            body = part.text()
+            grouped = f"({body})" if self.kind == "*" and part.kind == "+" else body
+            words.append((positive if sign > 0 else negative) + grouped)
+        return "".join(words)[1:]
+
+
+def expression(steps: Sequence[Step]) -> str:
+    """The infix expression of a valid trace, such as "(10-4)*(8-4)".
+
+    Nested sums and products are flattened and their parts ordered (positive first, then the largest), so step order,
+    associativity and commutativity do not matter: a-(b-c) and a+c-b are one expression. Where an input number
+    equals an earlier result, a step takes the input number.
+    """
+    if not steps:
+        raise ValueError("expected at least one step; found none")
+    inputs = [*steps[0].remaining, steps[0].left, steps[0].right]
+    inputs.remove(steps[0].result)
+    pool = [_Node("leaf", number) for number in inputs]
+
+    def take(value: Number) -> _Node:
+        return pool.pop(next(index for index, node in enumerate(pool) if node.value == value))
+
+    for step in steps:
+        left, right = take(step.left), take(step.right)
+        pool.append(_combine(left, step.op, right, step.result))
+    return pool[-1].text()
+
+
+def _combine(left: _Node, op: str, right: _Node, value: Number) -> _Node:
+    kind = "+" if op in "+-" else "*"
+    sign = 1 if op in "+*" else -1
+    parts = _parts(left, kind) + [(sign * inner, part) for inner, part in _parts(right, kind)]
+    ordered = sorted(parts, key=lambda item: (-item[0], -Fraction(item[1].value), item[1].text()))
+    return _Node(kind, value, tuple(ordered))
+
+
+def _parts(node: _Node, kind: str) -> list[tuple[int, _Node]]:
+    return list(node.parts) if node.kind == kind else [(1, node)]

@@ -1,0 +1,38 @@
+"""The language: sites, contexts and texts, programs and their staging, and the interpreter that inference builds on."""
+
+from . import errors, proposals
+from .language_model import Block, LanguageModel, Memory
+from .program import Program, program
+from .proposals import AllowedTokens, Constraint
+from .run import Trace
+from .sites import bound, condition, deterministic, factor, observe, sample, scope, twist, vmap
+from .text import Context, Text, extend, generate, prompt, score, tokens
+
+__all__ = [
+    "AllowedTokens",
+    "Block",
+    "Constraint",
+    "Context",
+    "LanguageModel",
+    "Memory",
+    "Program",
+    "Text",
+    "Trace",
+    "bound",
+    "condition",
+    "deterministic",
+    "errors",
+    "extend",
+    "factor",
+    "generate",
+    "observe",
+    "program",
+    "prompt",
+    "proposals",
+    "sample",
+    "scope",
+    "score",
+    "tokens",
+    "twist",
+    "vmap",
+]

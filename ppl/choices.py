@@ -1,0 +1,103 @@
+"""Where randomness comes from: every random choice of every algorithm passes through one small interface.
+
+`Keyed` draws with pseudo-random numbers. Enumeration supplies the values instead, and tests replace the draws of an
+algorithm by all their outcomes.
+"""
+
+import zlib
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class SiteRef(NamedTuple):
+    """One visit of a site."""
+
+    name: str
+    path: tuple[Any, ...] = ()
+    """int32[] index of each enclosing loop or plate, outermost first"""
+
+
+class Spec(NamedTuple):
+    """The finite set of values of a site: `count` digits of the given radix."""
+
+    count: int
+    radix: int
+
+
+class Choices(Protocol):
+    """A source of choices. It is a pytree, carried from site to site; methods that choose return the next one."""
+
+    def supply(self, spec: Spec | None, active: Any) -> tuple[Array, Array, "Choices"] | None:
+        """Digits int32[count] of a site whose value is enumerated, and whether they are canonical; None to draw it."""
+        ...
+
+    def value(self, site: SiteRef, dist: Any) -> tuple[Any, "Choices"]:
+        """A draw from a distribution."""
+        ...
+
+    def token(self, site: SiteRef, step: Array, logits: Array) -> tuple[Array, "Choices"]:
+        """A token int32[] drawn from logits float32[V]."""
+        ...
+
+    def offset(self, clock: Array, weights: Array) -> tuple[Array, "Choices"]:
+        """A uniform number in [0, 1), the same for all particles, for resampling `weights` float32[N]."""
+        ...
+
+
+class Keyed(NamedTuple):
+    """Pseudo-random choices: each draw is keyed by (run key, particle, site, loop indices, step)."""
+
+    run_key: Array
+    particle: Array
+    """int32[]: number of this particle in the whole run, whatever chunk it is in"""
+
+    def supply(self, spec: Spec | None, active: Any) -> None:
+        return None
+
+    def site_key(self, site: SiteRef) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(self.run_key, self.particle), zlib.crc32(site.name.encode()))
+        for index in site.path:
+            key = jax.random.fold_in(key, index)
+        return key
+
+    def value(self, site: SiteRef, dist: Any) -> tuple[Any, "Keyed"]:
+        return dist.sample(self.site_key(site)), self
+
+    def token(self, site: SiteRef, step: Array, logits: Array) -> tuple[Array, "Keyed"]:
+        u = jax.random.uniform(jax.random.fold_in(self.site_key(site), step))
+        return inverse_cdf(jnp.exp(logits - logits.max()), u), self
+
+    def offset(self, clock: Array, weights: Array) -> tuple[Array, "Keyed"]:
+        # particles are numbered from 0, so the largest number is free for what all of them share
+        shared = jax.random.fold_in(self.run_key, 0xFFFFFFFF)
+        return jax.random.uniform(jax.random.fold_in(shared, clock)), self
+
+
+def inverse_cdf(weights: Array, u: Array, width: int = 256) -> Array:
+    """The index int32[] at which the cumulative sum of `weights` (float32[V], not normalised) passes `u` times its total.
+
+    Never an index of weight 0. Sums over runs of `width` come first, so that only one run is ever accumulated: a full
+    cumulative sum over a large vocabulary costs more than the rest of the draw.
+    """
+    if weights.shape[0] <= width:
+        return _pass(weights, u * weights.sum())[0]
+    runs = jnp.pad(weights, (0, -weights.shape[0] % width)).reshape(-1, width)
+    sums = runs.sum(-1)
+    run, rest = _pass(sums, u * sums.sum())
+    index, _ = _pass(runs[run], rest)
+    return run * width + index
+
+
+def _pass(weights: Array, target: Array) -> tuple[Array, Array]:
+    """The first index at which the cumulative sum exceeds `target`, and what of `target` is left there."""
+    cumulative = jnp.cumsum(weights)
+    last_positive = weights.shape[0] - 1 - jnp.argmax(weights[::-1] > 0)
+    index = jnp.minimum((cumulative <= target).sum(), last_positive).astype(jnp.int32)
+    # rounding can stop on a weight of 0 when target falls on a boundary: move on to the next positive one
+    positive = (jnp.arange(weights.shape[0]) >= index) & (weights > 0)
+    index = jnp.argmax(positive).astype(jnp.int32)
+    return index, target - (cumulative[index] - weights[index])

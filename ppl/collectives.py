@@ -1,0 +1,61 @@
+"""What particles know of each other: every collective of the library, over named vmapped axes.
+
+A particle is written alone and run under `jax.vmap(..., axis_name=PARTICLES)`. Plates add axes of their own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import batching
+
+Array = jax.Array
+
+PARTICLES = "particles"
+
+
+def index() -> Array:
+    """int32[]: which particle this is."""
+    return jax.lax.axis_index(PARTICLES)
+
+
+def size() -> int:
+    """How many particles there are."""
+    return jax.lax.psum(1, PARTICLES)
+
+
+def anybody(flag: Array, axes: Sequence[str] = (PARTICLES,)) -> Array:
+    """bool[], the same for all particles: whether `flag` holds for one of them."""
+    return jax.lax.psum(flag.astype(jnp.int32), tuple(axes)) > 0
+
+
+def total(x: Array, axes: Sequence[str] = (PARTICLES,)) -> Array:
+    return jax.lax.psum(x, tuple(axes))
+
+
+def gather(x: Array) -> Array:
+    """The values of all particles, on a new leading axis."""
+    return jax.lax.all_gather(x, PARTICLES)
+
+
+def reindex(tree: Any, ancestor: Array) -> Any:
+    """Every leaf as particle number `ancestor` has it; leaves that do not differ between particles stay untouched."""
+    return jax.tree.map(lambda x: reindex_p.bind(jnp.asarray(x), ancestor), tree)
+
+
+reindex_p = core.Primitive("reindex")
+reindex_p.def_abstract_eval(lambda x, ancestor: jax.core.ShapedArray(x.shape, x.dtype))
+
+
+def _batch_reindex(axis_data: Any, args: Any, dims: Any) -> Any:
+    (x, ancestor), (x_dim, ancestor_dim) = args, dims
+    if x_dim is None:  # shared by all particles: nothing to move
+        return x, None
+    if ancestor_dim is None:  # another axis than the particles' (a plate): each element moves alike
+        return reindex_p.bind(x, ancestor), x_dim
+    return jnp.take(x, ancestor, axis=x_dim, mode="clip"), x_dim
+
+
+batching.fancy_primitive_batchers[reindex_p] = _batch_reindex

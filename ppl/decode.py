@@ -1,0 +1,249 @@
+"""Generating a text: the decode loop, and the density of a text whose tokens are known."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .arena import Row, add_row, append, claim, read_row
+from .collectives import anybody, index, reindex
+from .text import Text
+
+if TYPE_CHECKING:
+    from .interpreter import Interpreter
+
+Array = jax.Array
+
+
+class Options(NamedTuple):
+    """The parts of a `generate` site besides its context; None where absent."""
+
+    table: Array | None
+    """int32[Q, V]: the stop automaton"""
+    constraint: Any
+    proposal: Any
+    proposal_operands: tuple[Array, ...]
+    twist: Any
+    twist_operands: tuple[Array, ...]
+
+    def follow(self, ancestor: Array) -> "Options":
+        """The same, as particle number `ancestor` has it."""
+        moved = reindex((self.table, self.constraint, self.proposal_operands, self.twist_operands), ancestor)
+        return Options(moved[0], moved[1], self.proposal, moved[2], self.twist, moved[3])
+
+    @property
+    def weighted(self) -> bool:
+        """Whether weights can move inside the text."""
+        return self.constraint is not None or self.proposal is not None or self.twist is not None
+
+    def stops(self, state: Array, token: Array) -> tuple[Array, Array]:
+        """The stop automaton's next state, and whether it says that the text is over."""
+        if self.table is None:
+            return state, jnp.asarray(False)
+        after = self.table[state, token]
+        return jnp.minimum(after, self.table.shape[0] - 1), after == self.table.shape[0]
+
+    def propose(self, logits: Array, state: Any) -> Array:
+        """The logits that a token is drawn from: proposal, then constraint."""
+        if self.proposal is not None:
+            logits = jax.core.eval_jaxpr(_open(self.proposal), (), *self.proposal_operands, logits)[0].astype(jnp.float32)
+        if self.constraint is not None:
+            logits = jnp.where(self.constraint.mask(state), logits, -jnp.inf)
+        return logits
+
+    def log_psi(self, text: Text) -> Array:
+        leaves = jax.tree.leaves(text)
+        return jax.core.eval_jaxpr(_open(self.twist), (), *self.twist_operands, *leaves)[0]
+
+
+def _open(closed: Any) -> Any:
+    return getattr(closed, "jaxpr", closed)
+
+
+def read_options(operands: tuple[Array, ...], counts: tuple[int, ...], constraint: Any, proposal: Any, twist: Any) -> Options:
+    groups, start = [], 0
+    for n in counts:
+        groups.append(operands[start : start + n])
+        start += n
+    table, leaves, proposal_operands, twist_operands = groups
+    return Options(table[0] if table else None, constraint.unflatten(leaves), proposal, proposal_operands, twist, twist_operands)
+
+
+class Writing(NamedTuple):
+    """A text in the making; moves as a whole when particles resample inside it."""
+
+    row: Row
+    tokens: Array
+    length: Array
+    ended: Array
+    done: Array
+    log_probs: Array
+    stop_state: Array
+    constraint_state: Any
+
+
+def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, name: str, model: int, max_tokens: int,
+           counts: Any, constraint: Any, proposal: Any, twist: Any) -> list[Any]:  # fmt: skip
+    """Draw a text token by token. Returns tokens, length, ended, log_probs and the handle of the context after it."""
+    from .interpreter import resample
+
+    lm, site, number = run.models[model], run.site(name), run.staged.sites[name].number
+    options = read_options(operands, counts, constraint, proposal, twist)
+    active, prompts = run.is_active(), run.read_prompts(model)
+    row = read_row(run.state.arenas[model], handle)
+    inside = run.policy is not None and run.policy.inside_texts and options.weighted
+    me = index() if inside else jnp.int32(0)
+    idle = row.finished | ~jnp.asarray(active)
+    writing = Writing(
+        row=row,
+        tokens=jnp.full(max_tokens, lm.eos_id, jnp.int32),
+        length=jnp.int32(0),
+        ended=row.finished,
+        done=idle,
+        log_probs=jnp.zeros(max_tokens, jnp.float32),
+        stop_state=jnp.int32(0),
+        constraint_state=() if options.constraint is None else options.constraint.start(),
+    )
+
+    def going(loop: Any) -> Array:
+        step, writing, *_ = loop
+        return (step < max_tokens) & anybody(~writing.done, run.axes)
+
+    def one_token(loop: Any) -> Any:
+        step, w, since, state = loop
+        here = options.follow(since) if inside else options
+        known = reindex(prompts, since) if inside else prompts
+        arena, live = state.arenas[model], ~w.done
+        logits, arena, _ = append(lm, arena, w.row, known, w.row.pending[None], jnp.int32(0))
+        token, log_p, log_q, choices, restricted = draw(state.choices, site, step, logits[0], here, w.constraint_state)
+        arena, row = claim(arena, w.row, live.astype(jnp.int32), token)  # the token before this one has just been cached
+        ends = token == lm.eos_id
+        stop_state, stops = here.stops(w.stop_state, token)
+        ended = live & (ends | stops)
+        put = lambda x, value: x.at[step].set(jnp.where(live, value, x[step]))
+        constraint_state = w.constraint_state
+        if here.constraint is not None:
+            keep = lambda new, old: jnp.where(live, new, old)
+            constraint_state = jax.tree.map(keep, here.constraint.next(w.constraint_state, token), w.constraint_state)
+        w = Writing(
+            row=row._replace(finished=jnp.where(live, ends, row.finished)),
+            tokens=put(w.tokens, token),
+            length=w.length + live,
+            ended=w.ended | ended,
+            done=w.done | ended | (step + 1 >= max_tokens),
+            log_probs=put(w.log_probs, log_p),
+            stop_state=stop_state,
+            constraint_state=constraint_state,
+        )
+        arenas = (*state.arenas[:model], arena, *state.arenas[model + 1 :])
+        overflow = live & (row.position > lm.max_length)
+        counts = state.counts._replace(
+            generated=state.counts.generated + live, model_calls=state.counts.model_calls + 1
+        )
+        faults = state.faults._replace(
+            overflow=jnp.where(overflow, number, state.faults.overflow), restricted=state.faults.restricted | (live & restricted)
+        )
+        state = state._replace(arenas=arenas, choices=choices, counts=counts, faults=faults)
+        if options.weighted:
+            state = _weigh(run, state, name, here, w, live, log_p - log_q, lm)
+            if inside:
+                state, w, ancestor = resample(run.policy, state, w)
+                since = reindex(since, ancestor)
+        if run.progress is not None:
+            jax.lax.cond(step % 16 == 15, lambda: run.progress(state.counts.model_calls), lambda: None)
+        return step + 1, w, since, state
+
+    start = (jnp.int32(0), writing, me, run.state)
+    _, w, since, run.state = jax.lax.while_loop(going, one_token, start)
+    arena, handle = add_row(run.state.arenas[model], w.row)
+    run.state = run.state._replace(arenas=(*run.state.arenas[:model], arena, *run.state.arenas[model + 1 :]))
+    if inside:
+        run.frame.lineage.append(since)
+    outputs = [run.frame.put(x) for x in (w.tokens, w.length, w.ended, w.log_probs, handle)]
+    if options.weighted and not inside:
+        run.rebalance()
+    run.record(name, [run.frame.get(c) for c in outputs[:4]], blank=[lm.eos_id, 0, True, 0])
+    return [run.frame.get(c) for c in outputs]
+
+
+def draw(choices: Any, site: Any, step: Array, logits: Array, options: Options, state: Any) -> tuple[Any, ...]:
+    """A token, its log probabilities under the model and the proposal, the choices, and whether the proposal's support is
+    smaller than the model's."""
+    normaliser = jax.nn.logsumexp(logits)
+    if options.constraint is None and options.proposal is None:
+        token, choices = choices.token(site, step, logits)
+        log_p = logits[token] - normaliser
+        return token, log_p, log_p, choices, jnp.asarray(False)
+    proposed = options.propose(logits, state)
+    token, choices = choices.token(site, step, proposed)
+    log_p, total = logits[token] - normaliser, jax.nn.logsumexp(proposed)
+    log_q = proposed[token] - total
+    dead = total == -jnp.inf  # nothing may follow
+    restricted = jnp.asarray(False)
+    if options.proposal is not None:
+        allowed = True if options.constraint is None else options.constraint.mask(state)
+        restricted = (allowed & (proposed == -jnp.inf) & (logits > -jnp.inf)).any()
+    return token, jnp.where(dead, -jnp.inf, log_p), jnp.where(dead, 0.0, log_q), choices, restricted & ~dead
+
+
+def _weigh(run: "Interpreter", state: Any, name: str, options: Options, w: Writing, live: Array, log_ratio: Array, lm: Any) -> Any:
+    """Pay log p - log q for a token and set the text's twist."""
+    number = run.staged.sites[name].number
+    log_ratio = jnp.where(live, log_ratio, 0.0)
+    wrong = jnp.isnan(log_ratio)
+    after = state.log_weight + jnp.where(wrong, -jnp.inf, log_ratio)
+    dies = (after == -jnp.inf) & (state.log_weight > -jnp.inf)
+    faults = state.faults._replace(
+        died=jnp.where(dies, number, state.faults.died),
+        died_at=jnp.where(dies, state.clock, state.faults.died_at),
+        non_finite=jnp.where(wrong & (state.log_weight > -jnp.inf), number, state.faults.non_finite),
+    )
+    state = state._replace(log_weight=after, faults=faults, clock=state.clock + 1)
+    if options.twist is not None:
+        log_psi = options.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))
+        wrong = jnp.isnan(log_psi) | (log_psi == jnp.inf)
+        new = jnp.where(live, jnp.where(wrong, -jnp.inf, log_psi), state.log_twists[name])
+        faults = state.faults._replace(non_finite=jnp.where(live & wrong, number, state.faults.non_finite))
+        counts = state.counts._replace(potentials=state.counts.potentials + live)
+        state = state._replace(log_twists={**state.log_twists, name: new}, faults=faults, counts=counts)
+    return state
+
+
+def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given: Any, canonical: Array, *, name: str,
+           model: int, max_tokens: int, counts: Any, constraint: Any, proposal: Any, twist: Any) -> list[Any]:  # fmt: skip
+    """The site with known tokens int32[max_tokens], EOS-padded: it pays their log density. One pass through the model."""
+    lm, arena, active = run.models[model], run.state.arenas[model], jnp.asarray(run.is_active())
+    options = read_options(operands, counts, constraint, proposal, twist)
+    row = read_row(arena, handle)
+    start = () if options.constraint is None else options.constraint.start()
+
+    def scan_ends(carry: Any, token: Array) -> Any:
+        done, stop_state, constraint_state = carry
+        allowed = jnp.asarray(True)
+        if options.constraint is not None:
+            allowed = done | options.constraint.mask(constraint_state)[token]
+            keep = lambda new, old: jnp.where(done, old, new)
+            constraint_state = jax.tree.map(keep, options.constraint.next(constraint_state, token), constraint_state)
+        stop_state, stops = options.stops(stop_state, token)
+        valid = jnp.where(done, token == lm.eos_id, allowed)
+        return (done | stops | (token == lm.eos_id), stop_state, constraint_state), (~done, valid)
+
+    given = jnp.asarray(given).astype(jnp.int32)
+    (done, _, _), (inside, valid) = jax.lax.scan(scan_ends, (row.finished, jnp.int32(0), start), given)
+    length = inside.sum().astype(jnp.int32)
+    count = jnp.where(active, length, 0)
+    logits, arena, row = append(lm, arena, row, run.read_prompts(model), given, count)
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), given[:, None], axis=-1)[:, 0]
+    log_probs = jnp.where(inside, log_probs, 0.0)
+    ends = jnp.where(length > 0, given[jnp.maximum(length - 1, 0)] == lm.eos_id, row.finished)
+    arena, handle = add_row(arena, row._replace(finished=ends))
+    run.state = run.state._replace(arenas=(*run.state.arenas[:model], arena, *run.state.arenas[model + 1 :]))
+    run.count(model_calls=1, scored=count)
+    from .rules import check_overflow
+
+    check_overflow(run, name, row.position, count > 0)
+    out = [run.frame.put(x) for x in (given, length, done, log_probs, handle)]
+    log_weight = jnp.where(valid.all(), log_probs.sum(), -jnp.inf)
+    run.add_weight(name, jnp.where(canonical, jnp.where(active, log_weight, 0.0), -jnp.inf), always=True)
+    run.record(name, [run.frame.get(c) for c in out[:4]], blank=[lm.eos_id, 0, True, 0])
+    return [run.frame.get(c) for c in out]

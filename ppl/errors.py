@@ -1,0 +1,56 @@
+"""Errors of the library. Each names the site, the values found there, and the mend."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LatentraceError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class SiteError(LatentraceError, ValueError):
+    """A site was declared or used wrongly; found while the program is staged, before any computation."""
+
+
+class SiteNameError(SiteError, KeyError):
+    """A site name is repeated, or a name was asked for that the program does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class TransformationError(SiteError):
+    """A site stands under a JAX transformation that would change its meaning."""
+
+
+class NotEnumerableError(SiteError):
+    """The program cannot be enumerated: a site has no finite support, or there are too many traces."""
+
+
+class RunError(LatentraceError, RuntimeError):
+    """A run went wrong at a site; found when its results come back."""
+
+
+class AllParticlesDeadError(RunError):
+    """Every particle reached weight 0."""
+
+
+class NonFiniteError(RunError):
+    """A log-weight was NaN or +inf."""
+
+
+class BoundReachedError(RunError):
+    """A `while` loop was still going when it reached its declared bound."""
+
+
+class ContextOverflowError(RunError):
+    """A context grew past the model's maximum length."""
+
+
+def near_misses(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what it may have meant, or all that exists."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=3)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "the names are " + ", ".join(map(repr, known)) if known else "there are none"

@@ -1,0 +1,371 @@
+"""The interpreter: walks a staged program for one particle, written as if it were alone.
+
+It runs under `vmap` over the particles' axis. Control flow that holds sites is walked: loops become scans that carry the
+particle's `State`, every branch runs under a mask. What particles need of each other are collectives.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import sites
+from .arena import Prompt, new_arena, with_level
+from .choices import SiteRef
+from .collectives import PARTICLES, index, reindex
+from .errors import TransformationError
+from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, scan_of
+from .program import Staged, holds_sites, loop_bound, need, walks_into
+from .state import Cell, Frame, Policy, State, total_twist
+
+Array = jax.Array
+
+
+class Interpreter:
+    """One particle's walk through a program. `state` is what it carries; the rest is fixed or belongs to the frame."""
+
+    def __init__(
+        self,
+        staged: Staged,
+        consts: dict[int, Any],
+        models: list[Any],
+        state: State,
+        *,
+        given: dict[str, Any] | None = None,
+        policy: Policy | None = None,
+        progress: Callable[[Array], None] | None = None,
+    ):
+        self.staged, self.consts, self.models, self.state = staged, consts, models, state
+        self.policy, self.progress = policy, progress
+        self.frame = Frame()
+        self.axes: tuple[str, ...] = (PARTICLES,)
+        self.path: tuple[Array, ...] = ()
+        self.nested = False  # inside a loop or plate: prompts go to the particle's own slots
+        self.active: Cell = self.frame.put(True)
+        self.given = {k: self.frame.put(v) for k, v in (given or {}).items()}
+        self.prompts: dict[int, list[Cell]] = {m: [] for m in range(len(models))}
+        self.records: dict[str, tuple[Cell, Cell]] = {}
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def is_active(self) -> Any:
+        return self.frame.get(self.active)
+
+    def add_weight(self, name: str, log_weight: Array, *, always: bool = False) -> None:
+        """Move this particle's log-weight where it is active (or `always`), note faults, and let the population resample."""
+        active = True if always else self.is_active()
+        wrong = jnp.isnan(log_weight) | (log_weight == jnp.inf)
+        log_weight = jnp.where(active, jnp.where(wrong, -jnp.inf, log_weight), 0.0).astype(jnp.float32)
+        number, s = self.staged.sites[name].number, self.state
+        after = s.log_weight + log_weight
+        dies = (after == -jnp.inf) & (s.log_weight > -jnp.inf)
+        faults = s.faults._replace(
+            died=jnp.where(dies, number, s.faults.died),
+            died_at=jnp.where(dies, s.clock, s.faults.died_at),
+            non_finite=jnp.where(active & wrong & (s.log_weight > -jnp.inf), number, s.faults.non_finite),
+        )
+        self.state = s._replace(log_weight=after, faults=faults)
+        self.rebalance()
+
+    def set_twist(self, name: str, log_psi: Array) -> None:
+        number, s, active = self.staged.sites[name].number, self.state, self.is_active()
+        wrong = jnp.isnan(log_psi) | (log_psi == jnp.inf)
+        faults = s.faults._replace(
+            non_finite=jnp.where(active & wrong & (s.log_weight > -jnp.inf), number, s.faults.non_finite)
+        )
+        twist = jnp.where(active, jnp.where(wrong, -jnp.inf, log_psi), s.log_twists[name]).astype(jnp.float32)
+        self.state = s._replace(log_twists={**s.log_twists, name: twist}, faults=faults)
+        self.rebalance()
+
+    def rebalance(self) -> None:
+        """The clock ticks; the population may resample, which every value in this frame will follow when read."""
+        self.state = self.state._replace(clock=self.state.clock + 1)
+        if self.policy is not None:
+            self.state, _, ancestor = resample(self.policy, self.state, ())
+            self.frame.lineage.append(ancestor)
+
+    def count(self, **more: Any) -> None:
+        counts = self.state.counts
+        self.state = self.state._replace(
+            counts=counts._replace(**{k: getattr(counts, k) + jnp.asarray(v).astype(jnp.int32) for k, v in more.items()})
+        )
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def site(self, name: str) -> SiteRef:
+        return SiteRef(name, self.path)
+
+    def record(self, name: str, value: Any, blank: Any = None) -> None:
+        """Keep a site's value for the trace, or `blank` (zeros) where the site is inactive. In exclusive branches of one
+        `cond` the active one counts."""
+        active = jnp.asarray(self.is_active())
+        blank = jax.tree.map(jnp.zeros_like, value) if blank is None else blank
+        value = jax.tree.map(lambda x, b: jnp.where(active, x, jnp.asarray(b, x.dtype)), value, blank)
+        if name in self.records:
+            before, was_active = (self.frame.get(c) for c in self.records[name])
+            value = jax.tree.map(lambda x, b: jnp.where(active, x, b), value, before)
+            active = active | was_active
+        self.records[name] = self.frame.put(value), self.frame.put(active)
+
+    def read_prompts(self, model: int) -> list[Prompt]:
+        return [self.frame.get(cell) for cell in self.prompts[model]]
+
+    # --- walking ------------------------------------------------------------------------------------------------------
+
+    def walk(self, closed: Any, inputs: list[Cell]) -> list[Cell]:
+        """Interpret a jaxpr in this frame."""
+        jaxpr = body_of(closed)
+        env: dict[Any, Cell] = {}
+        for v, c in zip(jaxpr.constvars, consts_of(closed)):
+            env[v] = Cell(self.consts.get(id(c), c), len(self.frame.lineage))
+        env.update(zip(jaxpr.invars, inputs))
+
+        def cell(atom: Any) -> Cell:
+            return self.frame.put(atom.val) if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            outputs = self.equation(eqn, [cell(a) for a in eqn.invars])
+            env.update((v, o) for v, o in zip(eqn.outvars, outputs) if not isinstance(v, DropVar))
+        return [cell(a) for a in jaxpr.outvars]
+
+    def equation(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
+        from . import rules
+
+        name = eqn.primitive.name
+        if is_site(eqn) and eqn.primitive is not sites.plate_p:
+            values = rules.RULES[eqn.primitive](self, *[self.frame.get(c) for c in inputs], **eqn.params)
+        elif eqn.primitive is sites.plate_p:
+            values = self.plate(inputs, **eqn.params)
+        elif not walks_into(eqn):
+            values = bind(eqn, [self.frame.get(c) for c in inputs])
+        elif name == "scan":
+            return self.scan(eqn, inputs)
+        elif name == "while":
+            return self.while_loop(eqn, inputs)
+        elif name == "cond":
+            return self.cond(eqn.params["branches"], inputs)
+        elif (called := called_jaxpr(eqn)) is not None:
+            return self.walk(called, inputs)
+        else:
+            inside = next(e.params.get("name") for e in all_eqns(next(iter(eqn.params.values()))) if is_site(e))
+            raise TransformationError(f"site {inside!r} stands under {name}, which inference cannot see through")
+        return [self.frame.put(v) for v in values]
+
+    def cond(self, branches: Any, inputs: list[Cell]) -> list[Cell]:
+        """Every branch under a mask; the taken one's outputs are selected."""
+        which, *operands = inputs
+        outer = self.active
+        taken = []
+        for k, branch in enumerate(branches):
+            here = jnp.clip(self.frame.get(which).astype(jnp.int32), 0, len(branches) - 1) == k
+            self.active = self.frame.put(jnp.asarray(self.frame.get(outer)) & here)
+            taken.append(self.walk(branch, operands))
+        self.active = outer
+        chosen = jnp.clip(self.frame.get(which).astype(jnp.int32), 0, len(branches) - 1)
+        select = lambda *xs: jax.lax.select_n(chosen, *map(jnp.asarray, xs)) if len(xs) > 1 else xs[0]
+        return [self.frame.put(select(*[self.frame.get(c) for c in out])) for out in zip(*taken)]
+
+    def scan(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
+        s = scan_of(eqn)
+        for cell in inputs:
+            self.frame.get(cell)  # bring them to the loop's start
+        consts, carry, xs = inputs[: s.num_consts], inputs[s.num_consts :][: s.num_carry], inputs[s.num_consts + s.num_carry :]
+
+        def step(body: "Interpreter", carry: list[Cell], i: Array) -> tuple[list[Cell], list[Cell]]:
+            at = s.length - 1 - i if s.reverse else i
+            slices = [Cell(jnp.asarray(c.value)[at], 0) for c in xs]
+            out = body.walk(s.body, [*[body.enter(c) for c in consts], *carry, *slices])
+            return out[: s.num_carry], out[s.num_carry :]
+
+        carry_out, ys = self.loop(s.length, step, carry, reverse=s.reverse)
+        return [*carry_out, *ys]
+
+    def while_loop(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
+        """A loop of as many steps as its bound says, each under the mask "still going"."""
+        bound, truncate = loop_bound(eqn)
+        p = eqn.params
+        if any(is_site(e) for e in all_eqns(p["cond_jaxpr"])):
+            raise TransformationError("a while loop's condition holds a site; move it to the body and carry its value")
+        for cell in inputs:
+            self.frame.get(cell)
+        n, m = p["cond_nconsts"], p["body_nconsts"]
+        cond_consts, body_consts, init = inputs[:n], inputs[n : n + m], inputs[n + m :]
+        going = self.walk(p["cond_jaxpr"], [*cond_consts, *init])[0]
+
+        def step(body: "Interpreter", carry: list[Cell], i: Array) -> tuple[list[Cell], list[Cell]]:
+            *values, going = carry
+            outer = body.active
+            body.active = body.frame.put(jnp.asarray(body.frame.get(outer)) & body.frame.get(going))
+            out = body.walk(p["body_jaxpr"], [*[body.enter(c) for c in body_consts], *values])
+            now = body.frame.get(going)
+            new = [body.frame.put(jnp.where(now, body.frame.get(o), body.frame.get(v))) for o, v in zip(out, values)]
+            again = body.walk(p["cond_jaxpr"], [*[body.enter(c) for c in cond_consts], *new])[0]
+            return [*new, body.frame.put(now & body.frame.get(again))], []
+
+        *carry, going = self.loop(bound, step, [*init, going])[0]
+        if not truncate:
+            number = next(self.staged.sites[e.params["name"]].number for e in all_eqns(p["body_jaxpr"])
+                          if is_site(e) and e.params.get("name") in self.staged.sites)  # fmt: skip
+            s, over = self.state, self.frame.get(going) & self.is_active() & (self.state.log_weight > -jnp.inf)
+            self.state = s._replace(faults=s.faults._replace(bound=jnp.where(over, number, s.faults.bound)))
+        return carry
+
+    def enter(self, cell: Cell) -> Cell:
+        """A value of the enclosing frame, seen from a loop body: it has to follow everything since the loop began."""
+        return Cell(cell.value, 0)
+
+    def loop(
+        self, length: int, step: Callable[..., tuple[list[Cell], list[Cell]]], carry: list[Cell], *, reverse: bool = False
+    ) -> tuple[list[Cell], list[Cell]]:
+        """Walk a loop body `length` times, carrying the state. Values that cross the loop follow its genealogy once, after it.
+
+        `step(body, carry, i)` walks one step with the body's interpreter and returns the carry and the outputs.
+        """
+        outer = [*carry, self.active, *self.given.values(), *[c for cells in self.prompts.values() for c in cells]]
+        for cell in outer:
+            self.frame.get(cell)  # bring everything the body may see to the loop's start
+        saved, records = (self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records), {}
+        me = index() if self.policy is not None else jnp.int32(0)
+
+        def one(looping: Any, i: Array) -> tuple[Any, Any]:
+            values, since, self.state = looping
+            self.frame = Frame([since] if self.policy is not None else [])
+            start = len(self.frame.lineage)
+            self.active, self.nested, self.path, self.records = self.enter(saved[1]), True, (*saved[4], i), {}
+            at = length - 1 - i if reverse else i
+            inside = lambda c: jax.tree.map(lambda x: x[at], c.value)
+            self.given = {k: Cell(inside(c), 0) for k, c in saved[2].items()} if saved[2] else {}
+            self.prompts = {m: [self.enter(c) for c in cells] for m, cells in saved[3].items()}
+            out, ys = step(self, [self.frame.put(v) for v in values], i)
+            out, ys = [jnp.asarray(self.frame.get(c)) for c in out], [self.frame.get(c) for c in ys]
+            found = {k: (self.frame.get(v), self.frame.get(a)) for k, (v, a) in self.records.items()}
+            step_map = since_next = since
+            if self.policy is not None:
+                step_map = since_next = me
+                for ancestor in self.frame.lineage[start:]:
+                    step_map = reindex(step_map, ancestor)
+                since_next = reindex(since, step_map)
+            out = [o.astype(v.dtype) for o, v in zip(out, values)]
+            return (out, since_next, self.state), (ys, found, step_map)
+
+        initial = ([jnp.asarray(c.value) for c in carry], me, self.state)
+        (values, whole, self.state), (ys, records, maps) = jax.lax.scan(one, initial, jnp.arange(length, dtype=jnp.int32))
+        state = self.state
+        self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records = saved
+        self.state = state
+        if self.policy is not None:
+            ys, records = follow_back((ys, records), maps, me)
+            self.frame.lineage.append(whole)
+        if reverse:
+            ys, records = jax.tree.map(lambda y: y[::-1], (ys, records))
+        self._merge_records(records)
+        return [self.frame.put(v) for v in values], [self.frame.put(y) for y in ys]
+
+    def _merge_records(self, records: dict[str, tuple[Any, Array]]) -> None:
+        """Take over what a loop or plate recorded; a name met before stands in an exclusive branch."""
+        for name, (value, active) in records.items():
+            if name in self.records:
+                before, was_active = (self.frame.get(c) for c in self.records[name])
+                pick = lambda x, b, active=active: jnp.where(active.reshape(active.shape + (1,) * (x.ndim - active.ndim)), x, b)
+                value, active = jax.tree.map(pick, value, before), active | was_active
+            self.records[name] = self.frame.put(value), self.frame.put(active)
+
+    def plate(self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str) -> list[Any]:
+        """Walk the body for each element under a `vmap` of its own; elements' weights add up, then the population may resample."""
+        values = [self.frame.get(c) for c in inputs]
+        axis, outer, wants = f"plate{len(self.axes)}", self.state, need(jaxpr, nested=True)
+        inside = set(sites_inside(jaxpr))
+        twists = {k: v for k, v in outer.log_twists.items() if k in inside}
+        given = {k: self.frame.get(c) for k, c in self.given.items() if k in inside}
+        active, prompts = self.is_active(), {m: self.read_prompts(m) for m in self.prompts}
+
+        def element(i: Array, values: list[Any], twists: Any, given: Any) -> Any:
+            state = outer._replace(
+                choices=outer.choices,
+                log_weight=jnp.float32(0),
+                log_twists=twists,
+                arenas=tuple(
+                    with_level(a, lm, wants.handles.get(m, 0), wants.slots.get(m, 0))
+                    for m, (a, lm) in enumerate(zip(outer.arenas, self.models))
+                ),
+                counts=jax.tree.map(jnp.zeros_like, outer.counts),
+            )
+            choices = element_choices(outer.choices, i, jaxpr)
+            body = Interpreter(self.staged, self.consts, self.models, state._replace(choices=choices), given=given)
+            body.axes, body.path, body.nested = (*self.axes, axis), (*self.path, i), True
+            body.active = body.frame.put(active)
+            body.prompts = {m: [body.frame.put(p) for p in ps] for m, ps in prompts.items()}
+            out = body.walk(jaxpr, [body.frame.put(v) for v in values])
+            found = {k: (v.value, a.value) for k, (v, a) in body.records.items()}
+            s = body.state
+            return [jnp.asarray(c.value) for c in out], found, s.log_weight, s.log_twists, s.faults, s.counts, s.clock
+
+        out, found, log_weight, twists, faults, counts, clock = jax.vmap(
+            element, in_axes=(0, [0 if m else None for m in mapped], 0, 0), axis_name=axis
+        )(jnp.arange(size, dtype=jnp.int32), values, twists, given)
+        self.state = outer._replace(
+            choices=after_plate(outer.choices, size, jaxpr),
+            log_twists={**outer.log_twists, **twists},
+            faults=jax.tree.map(lambda new, old: jnp.maximum(new.max(), old) if old.dtype != bool else new.any() | old,
+                                faults, outer.faults),
+            counts=jax.tree.map(lambda new, old: old + new.sum(), counts, outer.counts)._replace(
+                model_calls=outer.counts.model_calls + counts.model_calls.max()),
+            clock=clock.max(),
+        )  # fmt: skip
+        self._merge_records(found)
+        # deaths inside are already noted there; the sum itself belongs to no one site
+        self.state = self.state._replace(log_weight=outer.log_weight + jnp.where(active, log_weight.sum(), 0.0))
+        cells = [self.frame.put(o) for o in out]
+        self.rebalance()
+        return [self.frame.get(c) for c in cells]
+
+
+def sites_inside(closed: Any) -> list[str]:
+    return [e.params["name"] for e in all_eqns(closed) if is_site(e) and "name" in e.params]
+
+
+def element_choices(choices: Any, i: Array, jaxpr: Any) -> Any:
+    """The choices of a plate's element; enumerated ones reserve a stretch of digits for each."""
+    enter = getattr(choices, "enter_element", None)
+    return choices if enter is None else enter(i, jaxpr)
+
+
+def after_plate(choices: Any, size: int, jaxpr: Any) -> Any:
+    leave = getattr(choices, "leave_plate", None)
+    return choices if leave is None else leave(size, jaxpr)
+
+
+def follow_back(rows: Any, maps: Array, me: Array) -> Any:
+    """Row t of a loop's outputs, moved by every ancestor map applied after step t."""
+
+    def back(later: Array, row: Any) -> tuple[Array, Any]:
+        values, ancestor = row
+        return reindex(ancestor, later), reindex(values, later)
+
+    return jax.lax.scan(back, me, (rows, maps), reverse=True)[1]
+
+
+def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Array]:
+    """Let the population resample. Caches and `extra` move only when it does; returns this particle's ancestor."""
+    twist = total_twist(state)
+    due, ancestor, total, choices = policy(state.choices, state.clock, state.log_weight + twist)
+    move = lambda moved: reindex(moved, ancestor)
+    arenas, extra = jax.lax.cond(due, move, lambda moved: moved, (state.arenas, extra))
+    log_twists = reindex(state.log_twists, ancestor)
+    moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists)
+    log_weight = jnp.where(due, total - total_twist(moved), state.log_weight)
+    return moved._replace(log_weight=log_weight), extra, ancestor
+
+
+def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
+    """The state before the first site."""
+    from .state import no_counts, no_faults
+
+    wants = need(staged.jaxpr)
+    arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0)) for m, lm in enumerate(models))
+    twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
+    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), jnp.int32(0))
+
+
+__all__ = ["Interpreter", "first_state", "holds_sites", "resample"]

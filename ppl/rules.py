@@ -1,0 +1,188 @@
+"""What each site means to a particle: one function per primitive, from the interpreter and the operands to the outputs."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import sites
+from .arena import add_row, append, last_tokens, prefill, read_row, start_row
+from .choices import Spec
+from .decode import decode, replay
+from .text import PAD
+
+if TYPE_CHECKING:
+    from .interpreter import Interpreter
+
+Array = jax.Array
+
+
+def log_prob(dist: Any, value: Array) -> Array:
+    """log density float32[] of a value, summed over the batch; -inf, with zero gradient, outside the support."""
+    try:
+        support = dist.support
+        inside, safe = support(value), support.feasible_like(value)
+    except (NotImplementedError, AttributeError, TypeError):
+        return jnp.sum(dist.log_prob(value)).astype(jnp.float32)
+    event = jnp.ndim(value) - jnp.ndim(inside)
+    widened = jnp.reshape(inside, jnp.shape(inside) + (1,) * event)
+    per_element = dist.log_prob(jnp.where(widened, value, safe))
+    inside = jnp.broadcast_to(inside, jnp.shape(per_element)) if jnp.ndim(inside) <= jnp.ndim(per_element) else inside.all()
+    return jnp.sum(jnp.where(inside, per_element, -jnp.inf)).astype(jnp.float32)
+
+
+def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: bool, out: Any, support: Any) -> list[Any]:
+    leaves, scale = (operands[:-1], operands[-1]) if scaled else (operands, jnp.float32(1))
+    dist, (shape, dtype) = tree.unflatten(leaves), out
+    spec = None if support is None else Spec(int(np.prod(shape)), len(support))
+    if name in run.given:
+        value = jnp.broadcast_to(jnp.asarray(run.frame.get(run.given[name])).astype(dtype), shape)
+        log_weight = scale * log_prob(dist, value)
+    elif (supplied := run.state.choices.supply(spec, run.is_active())) is not None:
+        digits, canonical, choices = supplied
+        run.state = run.state._replace(choices=choices)
+        value = jnp.asarray(support)[digits].reshape(shape).astype(dtype)
+        log_weight = jnp.where(canonical, jnp.where(run.is_active(), scale * log_prob(dist, value), 0.0), -jnp.inf)
+        run.add_weight(name, log_weight, always=True)  # enumeration does not resample: the value stays where it is
+        run.record(name, value)
+        return [value]
+    else:
+        value, choices = run.state.choices.value(run.site(name), dist)
+        run.state = run.state._replace(choices=choices)
+        log_weight = (scale - 1) * log_prob(dist, value) if scaled else None
+    cell = run.frame.put(value)
+    if log_weight is not None:
+        run.add_weight(name, log_weight)
+    run.record(name, run.frame.get(cell))
+    return [run.frame.get(cell)]
+
+
+def observe(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: bool) -> list[Any]:
+    *leaves, value, scale = operands if scaled else (*operands, jnp.float32(1))
+    run.add_weight(name, scale * log_prob(tree.unflatten(leaves), value))
+    return []
+
+
+def factor(run: "Interpreter", log_weight: Array, *, name: str) -> list[Any]:
+    run.count(potentials=run.is_active())
+    run.add_weight(name, log_weight)
+    return []
+
+
+def twist(run: "Interpreter", log_psi: Array, *, name: str) -> list[Any]:
+    run.count(potentials=run.is_active())
+    run.set_twist(name, log_psi)
+    return []
+
+
+def deterministic(run: "Interpreter", *leaves: Array, name: str, tree: Any) -> list[Any]:
+    run.record(name, tree.unflatten(leaves))
+    return []
+
+
+def bound(run: "Interpreter", **_: Any) -> list[Any]:
+    return []
+
+
+def _set_arena(run: "Interpreter", model: int, arena: Any) -> None:
+    arenas = run.state.arenas
+    run.state = run.state._replace(arenas=(*arenas[:model], arena, *arenas[model + 1 :]))
+
+
+def prompt(run: "Interpreter", tokens: Array, *, model: int, name: str) -> list[Any]:
+    lm, arena = run.models[model], run.state.arenas[model]
+    row, count = start_row(lm, arena), (tokens != PAD).sum().astype(jnp.int32)
+    clean = jnp.where(tokens == PAD, lm.eos_id, tokens)
+    if run.nested:
+        _, arena, row = append(lm, arena, row, [], clean, jnp.maximum(count - 1, 0))
+        pending = clean[jnp.maximum(count - 1, 0)]
+        row = row._replace(pending=jnp.where(count > 0, pending, lm.start_id))
+    else:
+        block = prefill(lm, clean, count)
+        pending = jnp.where(count > 0, clean[jnp.maximum(count - 1, 0)], lm.start_id).astype(jnp.int32)
+        row = row._replace(prompt=jnp.int32(len(run.prompts[model])), position=block.cached, pending=pending)
+        run.prompts[model].append(run.frame.put(block))
+    arena, handle = add_row(arena, row)
+    _set_arena(run, model, arena)
+    run.count(model_calls=1)
+    return [handle]
+
+
+def extend(run: "Interpreter", handle: Array, tokens: Array, *, model: int, name: str) -> list[Any]:
+    return [_append_given(run, handle, tokens, model, None)]
+
+
+def score(run: "Interpreter", handle: Array, tokens: Array, *, model: int, name: str) -> list[Any]:
+    new_handle = _append_given(run, handle, tokens, model, name)
+    return [new_handle]
+
+
+def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, scored: str | None) -> Array:
+    """Append given text to a context; a scored one pays its log probability."""
+    lm, arena, active = run.models[model], run.state.arenas[model], run.is_active()
+    row, given = read_row(arena, handle), (tokens != PAD).sum().astype(jnp.int32)
+    count = jnp.where(active, given, 0)
+    clean = jnp.where(tokens == PAD, lm.eos_id, tokens)
+    logits, arena, after = append(lm, arena, row, run.read_prompts(model), clean, count)
+    here = jnp.arange(tokens.shape[0]) < given
+    ends = (clean == lm.eos_id) & here
+    last_is_end = jnp.where(given > 0, clean[jnp.maximum(given - 1, 0)] == lm.eos_id, row.finished)
+    check_overflow(run, scored or "extend()", after.position, count > 0)
+    arena, new_handle = add_row(arena, after._replace(finished=last_is_end if scored else last_is_end & (row.finished | (given > 0))))
+    _set_arena(run, model, arena)
+    run.count(model_calls=1)
+    if scored is not None:
+        run.count(scored=count)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), clean[:, None], axis=-1)[:, 0]
+        impossible = (row.finished & (given > 0)) | (ends & (jnp.arange(tokens.shape[0]) < given - 1)).any()
+        total = jnp.where(impossible, -jnp.inf, jnp.where(here, log_probs, 0.0).sum())
+        cell = run.frame.put(new_handle)
+        run.add_weight(scored, total)
+        return run.frame.get(cell)
+    return new_handle
+
+
+def check_overflow(run: "Interpreter", name: str, position: Array, uses: Array) -> None:
+    """Note a context that has grown past what its model can hold."""
+    site = run.staged.sites[name]
+    s = run.state
+    over = uses & (position + 1 > run.models[site.model or 0].max_length)
+    run.state = s._replace(faults=s.faults._replace(overflow=jnp.where(over, site.number, s.faults.overflow)))
+
+
+def tokens(run: "Interpreter", handle: Array, *, last: int, model: int, name: str) -> list[Any]:
+    arena = run.state.arenas[model]
+    return list(last_tokens(arena, read_row(arena, handle), run.read_prompts(model), last, run.models[model].eos_id))
+
+
+def generate(run: "Interpreter", handle: Array, *operands: Array, name: str, model: int, max_tokens: int, **options: Any) -> list[Any]:
+    if run.progress is not None:
+        run.progress(run.state.clock)
+    lm = run.models[model]
+    spec = Spec(max_tokens, lm.vocab_size)
+    if name in run.given:
+        given, canonical = run.frame.get(run.given[name]), jnp.asarray(True)
+    elif (supplied := run.state.choices.supply(spec, run.is_active())) is not None:
+        digits, canonical, choices = supplied
+        run.state = run.state._replace(choices=choices)
+        given = (digits + lm.eos_id) % lm.vocab_size  # digit 0 is EOS, the padding
+    else:
+        return decode(run, handle, operands, name=name, model=model, max_tokens=max_tokens, **options)
+    return replay(run, handle, operands, given, canonical, name=name, model=model, max_tokens=max_tokens, **options)
+
+
+RULES: dict[Any, Callable[..., list[Any]]] = {
+    sites.sample_p: sample,
+    sites.observe_p: observe,
+    sites.factor_p: factor,
+    sites.twist_p: twist,
+    sites.deterministic_p: deterministic,
+    sites.bound_p: bound,
+    sites.prompt_p: prompt,
+    sites.extend_p: extend,
+    sites.score_p: score,
+    sites.tokens_p: tokens,
+    sites.generate_p: generate,
+}

@@ -1,0 +1,214 @@
+"""Running staged programs: one compiled call for all particles, kept for every program of the same structure."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .choices import Choices, Keyed
+from .collectives import PARTICLES, index
+from .errors import (
+    AllParticlesDeadError,
+    BoundReachedError,
+    ContextOverflowError,
+    NonFiniteError,
+    SiteError,
+)
+from .interpreter import Interpreter, first_state
+from .program import Program, Site, Staged, as_program, check_given, stage, value_sites
+from .sites import generate_p, sample_p
+from .state import Counts, Faults, Policy
+from .text import Text
+
+Array = jax.Array
+
+
+class Source(Protocol):
+    """How a run's choices are made; hashable, since it is compiled in."""
+
+    def choices(self, rng_key: Array, particle: Array) -> Choices:
+        """The choices of particle number `particle` (int32[])."""
+        ...
+
+
+class KeyedSource(NamedTuple):
+    """Pseudo-random draws."""
+
+    def choices(self, rng_key: Array, particle: Array) -> Choices:
+        return Keyed(rng_key, particle)
+
+
+class Settings(NamedTuple):
+    """What a compiled run depends on besides the program; hashable."""
+
+    num_particles: int
+    source: Source = KeyedSource()
+    policy: Policy | None = None
+    progress: Any = None
+    """a host function of one number, called as the run goes on"""
+
+
+class Output(NamedTuple):
+    """What a run brings back; every field has a leading axis of particles."""
+
+    returned: list[Array]
+    values: dict[str, Any]
+    active: dict[str, Array]
+    log_weight: Array
+    faults: Faults
+    counts: Counts
+
+
+class Trace(NamedTuple):
+    """One forward run of a program."""
+
+    values: dict[str, Any]
+    """value of every site; a `Text` for generated ones"""
+    returned: Any
+    log_weight: float
+    """nats: what factors, conditions, observations and scored texts paid"""
+
+
+_compiled: OrderedDict[Any, Any] = OrderedDict()
+MAX_COMPILED = 128
+traced = 0
+"""how many runs have been traced in this process; a second run of the same structure and shapes adds none"""
+
+
+def execute(staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: Settings, first: int = 0) -> Output:
+    """Run particles `first`, `first + 1`, ... of a program, compiled once per structure."""
+    arrays = {name: _given_array(staged.sites[name], staged, value) for name, value in given.items()}
+    key = (staged.key(), settings, tuple(sorted(arrays)))
+    if key not in _compiled:
+        _compiled[key] = jax.jit(_runner(staged, settings))
+        while len(_compiled) > MAX_COMPILED:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
+    leaves = [jax.tree.leaves(lm) for lm in staged.models]
+    return _compiled[key](rng_key, jnp.int32(first), staged.inputs, list(staged.consts.values()), leaves, arrays)
+
+
+def _runner(staged: Staged, settings: Settings) -> Any:
+    trees = [jax.tree.structure(lm) for lm in staged.models]
+    ids = list(staged.consts)
+    staged = staged._replace_arrays()
+
+    def run(rng_key: Array, first: Array, inputs: list[Any], consts: list[Any], leaves: list[Any], given: Any) -> Output:
+        global traced
+        traced += 1
+        models = [tree.unflatten(x) for tree, x in zip(trees, leaves)]
+        progress = None if settings.progress is None else lambda x: jax.debug.callback(settings.progress, x)
+
+        def one_particle(_: Array) -> Output:
+            choices = settings.source.choices(rng_key, first + index())
+            state = first_state(staged, models, choices)
+            run = Interpreter(staged, dict(zip(ids, consts)), models, state, given=given, policy=settings.policy, progress=progress)
+            cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in inputs])
+            values = {name: run.frame.get(v) for name, (v, _) in run.records.items()}
+            active = {name: run.frame.get(a) for name, (_, a) in run.records.items()}
+            returned = [jnp.asarray(run.frame.get(c)) for c in cells]
+            return Output(returned, values, active, run.state.log_weight, run.state.faults, run.state.counts)
+
+        return jax.vmap(one_particle, axis_name=PARTICLES)(jnp.zeros(settings.num_particles))
+
+    return run
+
+
+def _given_array(site: Site, staged: Staged, value: Any) -> Array:
+    """A given value as an array with the site's shape: token ids int32[*dims, max_tokens] for a text."""
+    if site.kind == sample_p.name:
+        assert site.out is not None
+        expected = (*site.dims, *site.out[0])
+        array = jnp.asarray(value)
+        if array.shape != expected:
+            raise SiteError(f"site {site.name!r}: given a value of shape {array.shape}, expected {expected}")
+        return array
+    lm = staged.models[site.model or 0]
+    if isinstance(value, Text):
+        value = value.tokens
+
+    def pad(ids: Any) -> np.ndarray:
+        ids = lm.encode(ids) if isinstance(ids, str) else list(ids)
+        if len(ids) > site.max_tokens:
+            raise SiteError(f"site {site.name!r}: given {len(ids)} tokens, more than its max_tokens of {site.max_tokens}")
+        return np.asarray([*ids, *[lm.eos_id] * (site.max_tokens - len(ids))], np.int32)
+
+    def nested(value: Any, dims: tuple[int, ...]) -> np.ndarray:
+        if not dims:
+            return pad(value)
+        if isinstance(value, str) or len(value) != dims[0]:
+            raise SiteError(f"site {site.name!r}: given {len(value)} values for a loop or plate of {dims[0]}")
+        return np.stack([nested(v, dims[1:]) for v in value])
+
+    if isinstance(value, jax.core.Tracer):
+        return jnp.asarray(value, jnp.int32)
+    return jnp.asarray(nested(value if isinstance(value, (str, list, tuple)) else np.asarray(value), site.dims))
+
+
+def check_faults(staged: Staged, output: Output) -> None:
+    """Raise what went wrong in a run, naming the site."""
+    faults, log_weight = output.faults, np.asarray(output.log_weight)
+    names = {s.number: s.name for s in staged.sites.values()}
+    site = lambda numbers: repr(names[int(np.max(numbers))])
+    if (np.asarray(faults.non_finite) >= 0).any():
+        raise NonFiniteError(
+            f"site {site(faults.non_finite)}: its log-weight was NaN or +inf for "
+            f"{(np.asarray(faults.non_finite) >= 0).sum()} of {log_weight.size} particles; return a finite number of nats, or "
+            "-inf for what is impossible"
+        )
+    if (np.asarray(faults.overflow) >= 0).any():
+        found = staged.sites[names[int(np.max(faults.overflow))]]
+        limit = staged.models[found.model or 0].max_length
+        raise ContextOverflowError(
+            f"site {found.name!r}: a context grew past the model's {limit} tokens; shorten the prompt or lower max_tokens"
+        )
+    if (np.asarray(faults.bound) >= 0).any():
+        raise BoundReachedError(
+            f"site {site(faults.bound)}: its while loop was still going after its bound in "
+            f"{(np.asarray(faults.bound) >= 0).sum()} of {log_weight.size} particles; raise the bound, or declare "
+            "`ppl.bound(max_steps, truncate=True)` to make the cut part of the program"
+        )
+    if (log_weight == -np.inf).all():
+        last = int(np.argmax(np.asarray(faults.died_at)))
+        name = names.get(int(np.asarray(faults.died)[last]), "?")
+        raise AllParticlesDeadError(
+            f"all {log_weight.size} particles have weight 0; the last one died at site {name!r}. Use more particles, steer "
+            "them there sooner with a `twist` or a `constraint`, or check that the condition can be met"
+        )
+
+
+def label_values(staged: Staged, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded arrays as a user sees them: generated ones are `Text`s."""
+    labelled = {}
+    for site in value_sites(staged):
+        if site.name in values:
+            value = values[site.name]
+            labelled[site.name] = Text(*value, lm=staged.models[site.model or 0]) if site.kind == generate_p.name else value
+    return labelled
+
+
+def simulate(rng_key: Array, prog: Any, *args: Any) -> Trace:
+    """One forward run of a program under its prior and proposals."""
+    prog = as_program(prog)
+    staged = stage(prog, args)
+    check_given(staged, prog.given)
+    output = execute(staged, rng_key, prog.given, Settings(1))
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    returned = staged.out_tree.unflatten(first(output.returned))
+    return Trace(label_values(staged, first(output.values)), returned, float(output.log_weight[0]))
+
+
+def log_density(prog: Program, *args: Any) -> Array:
+    """log density float32[] of a program whose random sites are all given."""
+    staged = stage(prog, args)
+    check_given(staged, prog.given)
+    random = [s.name for s in staged.sites.values() if s.kind in (sample_p.name, generate_p.name)]
+    if missing := [name for name in random if name not in prog.given]:
+        raise SiteError(f"log_density needs a value for every random site; {', '.join(map(repr, missing))} has none")
+    return execute(staged, jax.random.key(0), prog.given, Settings(1)).log_weight[0]
+
+
+__all__ = ["Output", "Settings", "Trace", "check_faults", "execute", "label_values", "log_density", "simulate"]

@@ -1,0 +1,221 @@
+"""Contexts and texts: how a program prompts, generates from and reads a language model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .errors import SiteError
+from .language_model import LanguageModel
+from .proposals import AllowedTokens, Constraint, Proposal
+from .sites import extend_p, generate_p, hoist, model_number, prompt_p, score_p, site_name, tokens_p
+from .until import stop_table
+
+Array = jax.Array
+PAD = -1
+"""Marks the unused end of given token ids."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["handle"], meta_fields=["lm"])
+@dataclass(frozen=True)
+class Context:
+    """A language model's context: a handle to tokens and caches that the interpreter owns.
+
+    Contexts are values: they may be carried through loops, chosen by `jnp.where` on handles or `lax.select`, kept in
+    lists; generating from one leaves it as it was (a fork).
+    """
+
+    handle: Array
+    """int32[]"""
+    lm: LanguageModel
+    """The model, static."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "length", "ended", "log_probs"], meta_fields=["lm"])
+@dataclass(frozen=True)
+class Text:
+    """A generated text. Leading axes, such as particles and loop steps, may stand before those named here."""
+
+    tokens: Array
+    """int32[max_tokens]: token ids, padded with the model's EOS."""
+    length: Array
+    """int32[]: number of tokens, EOS or the stop string included."""
+    ended: Array
+    """bool[]: whether EOS or `until` ended it; False where it was cut at `max_tokens`."""
+    log_probs: Array
+    """float32[max_tokens]: log probability of each token under the model, in nats; 0 after the end."""
+    lm: LanguageModel = field(repr=False)
+    """The model, static."""
+
+    def __getitem__(self, index: Any) -> "Text":
+        """The texts at an index of the leading axes."""
+        return jax.tree.map(lambda x: x[index], self)
+
+    def decode(self) -> Any:
+        """The text as a string, or nested lists of strings over the leading axes. Not for use inside a program."""
+        tokens, lengths = np.asarray(self.tokens), np.asarray(self.length)
+        if lengths.ndim == 0:
+            return self.lm.decode(tokens[: int(lengths)].tolist())
+        return [self[i].decode() for i in range(lengths.shape[0])]
+
+
+BUCKETS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+
+
+def bucket(length: int) -> int:
+    """The padded length of given tokens: prompts of one bucket share a compiled program."""
+    return next((b for b in BUCKETS if b >= length), -(-length // 8192) * 8192)
+
+
+def _given_tokens(lm: LanguageModel, text: Any, site: str, *, start: bool = False) -> Array:
+    """int32[bucket] of given text or ids, padded with PAD. Traced ids are taken as they are."""
+    if isinstance(text, str):
+        text = [*([lm.start_id] if start and lm.adds_start else []), *lm.encode(text)] if text else []
+    if isinstance(text, Text):
+        inside = jnp.arange(text.tokens.shape[-1]) < text.length
+        return jnp.where(inside, text.tokens, PAD)
+    if isinstance(text, jax.Array):
+        if text.ndim != 1 or not jnp.issubdtype(text.dtype, jnp.integer):
+            raise SiteError(f"{site}: token ids must be int[T], found {text.dtype}{list(text.shape)}")
+        return text.astype(jnp.int32)
+    ids = np.asarray(text if len(text) else np.zeros(0), dtype=np.int64)
+    if ids.ndim != 1:
+        raise SiteError(f"{site}: expected a text or a list of token ids, found shape {ids.shape}")
+    limit = max(lm.vocab_size, lm.start_id + 1)
+    if ids.size and (ids.min() < 0 or ids.max() >= limit):
+        wrong = ids[(ids < 0) | (ids >= limit)][0]
+        raise SiteError(f"{site}: token id {wrong} is outside the vocabulary of {lm.vocab_size} tokens")
+    if len(ids) > lm.max_length:
+        raise SiteError(
+            f"{site}: {len(ids)} tokens do not fit the model's context of {lm.max_length}; shorten the text or use a model "
+            "with a longer context"
+        )
+    padded = np.full(bucket(len(ids)), PAD, np.int32)
+    padded[: len(ids)] = ids
+    return jnp.asarray(padded)
+
+
+def prompt(lm: LanguageModel, text: str | Sequence[int] | Array = "") -> Context:
+    """A new context that holds `text` (or token ids, taken as they are); an empty one holds the model's start token.
+
+    The prompt's length is padded to one of a few buckets; another prompt of the same bucket compiles nothing.
+    """
+    site_name("prompt")
+    if not isinstance(lm, LanguageModel):
+        raise SiteError(f"prompt: expected a LanguageModel, found {type(lm).__name__}; load one with `models.load`")
+    tokens = _given_tokens(lm, text, "prompt", start=True)
+    return Context(prompt_p.bind(tokens, model=model_number(lm), name="prompt()")[0], lm)
+
+
+def extend(context: Context, text: str | Sequence[int] | Array | Text) -> Context:
+    """The context followed by given text (prompt pieces, tool results), which has no density.
+
+    A finished context that is extended goes on: its EOS stays in it as a token.
+    """
+    site_name("extend")
+    tokens = _given_tokens(context.lm, text, "extend")
+    return Context(extend_p.bind(context.handle, tokens, model=model_number(context.lm), name="extend()")[0], context.lm)
+
+
+def score(name: str, context: Context, text: str | Sequence[int] | Array | Text) -> Context:
+    """The context followed by *observed* text: the log-weight grows by log p(text given context).
+
+    Nothing can follow the end of a finished context: there a non-empty text has probability 0.
+    """
+    full = site_name(name)
+    tokens = _given_tokens(context.lm, text, f"site {full!r}")
+    return Context(score_p.bind(context.handle, tokens, model=model_number(context.lm), name=full)[0], context.lm)
+
+
+def tokens(context: Context, last: int) -> tuple[Array, Array]:
+    """The last tokens of a context: int32[last], oldest first, padded with the model's EOS at the front, and how many of
+    them are real (int32[])."""
+    site_name("tokens")
+    if last < 1:
+        raise SiteError(f"tokens: `last` must be at least 1, not {last}")
+    return tuple(tokens_p.bind(context.handle, last=last, model=model_number(context.lm), name="tokens()"))  # type: ignore[return-value]
+
+
+def generate(
+    name: str,
+    context: Context,
+    *,
+    max_tokens: int,
+    until: str | int | Sequence[str] | Sequence[int] | None = None,
+    constraint: Constraint | Array | np.ndarray | None = None,
+    proposal: Proposal | None = None,
+    twist: Callable[[Text], Any] | None = None,
+) -> tuple[Text, Context]:
+    """A random text from the model, and the context that it leads to.
+
+    The text ends with EOS, with the token that completes `until`, or at `max_tokens`. Its density is that of the tokens
+    up to and including the end. After a finished context it is empty, with probability 1.
+
+    Args:
+        max_tokens: most tokens of the text, at least 1.
+        until: stop strings (they may span tokens) or stop token ids.
+        constraint: bool[V] of allowed tokens, or a `Constraint`: the text is conditioned on being allowed.
+        proposal: what to draw tokens from, a function of logits float32[V] (see `latentrace.ppl.proposals`).
+        twist: a function of the `Text` so far that gives a log potential (nats) after each token; steers SMC inside the
+            text as `ppl.twist` does between sites, and is taken back at the end.
+    """
+    full = site_name(name)
+    lm = context.lm
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, (int, np.integer)) or max_tokens < 1:
+        raise SiteError(f"site {full!r}: max_tokens must be a whole number of at least 1, found {max_tokens!r}")
+    if constraint is not None and not hasattr(constraint, "mask"):
+        constraint = _allowed(full, lm, constraint)
+    operands: dict[str, list[Any]] = {"until": [], "constraint": [], "proposal": [], "twist": []}
+    table = stop_table(lm, until, full)
+    if table is not None:
+        operands["until"] = [jnp.asarray(table)]
+    operands["constraint"], constraint_tree = jax.tree.flatten(constraint)
+    proposal_jaxpr = twist_jaxpr = None
+    if proposal is not None:
+        logits = jax.ShapeDtypeStruct((lm.vocab_size,), jnp.float32)
+        proposal_jaxpr, operands["proposal"], _ = hoist(proposal, logits, what=f"the proposal of site {full!r}")
+        if [a.shape for a in proposal_jaxpr.out_avals] != [(lm.vocab_size,)]:
+            shapes = [a.shape for a in proposal_jaxpr.out_avals]
+            raise SiteError(f"site {full!r}: the proposal must return logits of shape [{lm.vocab_size}], found {shapes}")
+    if twist is not None:
+        twist_jaxpr, operands["twist"] = _stage_twist(full, lm, int(max_tokens), twist)
+    out = generate_p.bind(
+        context.handle,
+        *(x for group in operands.values() for x in group),
+        name=full,
+        model=model_number(lm),
+        max_tokens=int(max_tokens),
+        counts=tuple(len(group) for group in operands.values()),
+        constraint=constraint_tree,
+        proposal=proposal_jaxpr,
+        twist=twist_jaxpr,
+    )
+    return Text(*out[:4], lm=lm), Context(out[4], lm)
+
+
+def _allowed(name: str, lm: LanguageModel, constraint: Any) -> AllowedTokens:
+    allowed = jnp.asarray(constraint)
+    if allowed.shape != (lm.vocab_size,) or allowed.dtype != jnp.bool_:
+        raise SiteError(
+            f"site {name!r}: a constraint is bool[{lm.vocab_size}] or has the methods of `ppl.Constraint`; found "
+            f"{allowed.dtype}{list(allowed.shape)}"
+        )
+    return AllowedTokens(allowed)
+
+
+def _stage_twist(name: str, lm: LanguageModel, max_tokens: int, twist: Callable[[Text], Any]) -> tuple[Any, list[Any]]:
+    s = jax.ShapeDtypeStruct
+    text = Text(s((max_tokens,), jnp.int32), s((), jnp.int32), s((), jnp.bool_), s((max_tokens,), jnp.float32), lm)
+
+    def log_psi(text: Text) -> Array:
+        value = twist(text)
+        if jnp.shape(value) != ():
+            raise SiteError(f"site {name!r}: the twist must return a scalar log potential, found shape {jnp.shape(value)}")
+        return jnp.asarray(value, jnp.float32)
+
+    jaxpr, consts, _ = hoist(log_psi, text, what=f"the twist of site {name!r}")
+    return jaxpr, consts
