@@ -132,6 +132,16 @@ def write_entries(arena: Arena, entries: Any, tokens: Array) -> Arena:
     return arena._replace(caches=(*arena.caches[:-1], cache), tokens=(*arena.tokens[:-1], written))
 
 
+def _written_after(arena: Arena, features: Array) -> Arena:
+    """The same arena, in whose first free slot the compiler sees a result of this pass.
+
+    The write then comes after every read of the cache, and happens in place; without that order the compiler copies the
+    whole cache twice per token.
+    """
+    computed = jnp.isnan(features.ravel()[0]).astype(jnp.int32)
+    return arena._replace(used=jnp.minimum(arena.used, arena.used + computed))
+
+
 def claim(arena: Arena, row: Row, count: Array, pending: Array) -> tuple[Arena, Row]:
     """Give the next `count` slots to a context, whose last token becomes `pending`; nothing happens where count is 0."""
     slot = jnp.arange(row.slots[-1].shape[0])
@@ -156,6 +166,7 @@ def append(
     """
     fed = jnp.concatenate([row.pending[None], tokens[:-1]])
     features, entries = lm.forward(fed, memory(arena, row, prompts))
+    arena = _written_after(arena, features)
     arena = write_entries(arena, entries, fed)
     pending = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(count - 1, 0), keepdims=False)
     arena, row = claim(arena, row, count, pending)

@@ -116,11 +116,12 @@ def verify(numbers: Sequence[int], trace: str) -> bool:
         steps = parse_trace(trace)
     except ValueError:
         return False
-    state: State | None = tuple(numbers)
+    state: State = tuple(numbers)
     for step in steps:
-        state = apply_step(state, step)
-        if state is None:
+        after = apply_step(state, step)
+        if after is None:
             return False
+        state = after
     return len(steps) == 3 and state == (TARGET,)
 
 

@@ -25,6 +25,11 @@ def table():
     return data.training_table(largest=13)
 
 
+@pytest.fixture(scope="module")
+def lm():
+    return models.load("reasoner")
+
+
 class TestData:
     def test_held_out_puzzles_never_train(self, table):
         assert not HELD_OUT & set(training_puzzles(15))
@@ -104,10 +109,6 @@ class TestIntervals:
 
 
 class TestShippedCheckpoint:
-    @pytest.fixture(scope="class")
-    def lm(self):
-        return models.load("reasoner")
-
     def test_is_a_language_model_with_the_vocabulary_of_the_task(self, lm):
         assert isinstance(lm, LanguageModel)
         assert lm.vocab_size == tokenizer.VOCAB_SIZE

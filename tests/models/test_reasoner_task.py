@@ -35,6 +35,7 @@ TRACE = "10-4=6 | 6 6 8\n8-6=2 | 2 6\n2*6=12 | 12\n"
 SOLUTION = "8-6=2 | 2 4 10\n2*10=20 | 4 20\n4+20=24 | 24\n"
 
 text_tokens = tokenizer.build_tokenizer()
+token_verdict = jax.jit(verifier.trace_is_valid)
 
 
 def collection():
@@ -211,7 +212,7 @@ class TestVerifiers:
     def test_token_verdicts_imply_text_verdicts(self, noise, start):
         trace = np.array([*encode(SOLUTION), tokenizer.END_ID], np.int32)
         trace[start : start + len(noise)] = noise
-        valid = jax.jit(verifier.trace_is_valid)(jnp.array([4, 6, 8, 10]), trace, len(trace))
+        valid = token_verdict(jnp.array([4, 6, 8, 10]), trace, len(trace))
         assert not valid or verify((4, 6, 8, 10), text_tokens.decode(trace[:-1]))
 
     def test_steps_return_what_remains(self):
@@ -230,13 +231,13 @@ class TestVerifiers:
 
     def test_after_a_wrong_step_nothing_remains(self):
         tokens = jnp.array(encode("8-6=3 | 3 4 10\n"))
-        valid, remaining = verifier.step_is_valid(verifier.puzzle_state([4, 6, 8, 10]), tokens, 12)
+        valid, remaining = jax.jit(verifier.step_is_valid)(verifier.puzzle_state([4, 6, 8, 10]), tokens, 12)
         assert not valid
         assert remaining.tolist() == [-1] * 4
 
     def test_the_end_token_may_be_counted(self):
         trace = jnp.array([*encode(SOLUTION), tokenizer.END_ID])
-        check = partial(verifier.trace_is_valid, jnp.array([6, 4, 8, 10]))
+        check = jax.jit(partial(verifier.trace_is_valid, jnp.array([6, 4, 8, 10])))
         assert check(trace, 31)
         assert check(trace, 30)
         assert check(trace[:30], 30)
