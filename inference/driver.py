@@ -102,5 +102,6 @@ def finish(staged: Staged, output: Output, *, calls: int, seconds: float, exact:
         ledger=ledger,
         active={k: np.asarray(v) for k, v in output.active.items()},
         exact=exact,
+        roots=np.asarray(output.root),
         restricted=bool(np.asarray(output.faults.restricted).any()),
     )

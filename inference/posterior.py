@@ -95,6 +95,8 @@ class Posterior:
     """bool[N, ...] for every site: False where it stood in an untaken branch or past a loop's end"""
     exact: bool = False
     """whether the traces are all that exist, so that nothing is estimated"""
+    roots: np.ndarray | None = field(default=None, repr=False)
+    """int[N]: each particle's ancestor at the start; None where particles are independent"""
     restricted: bool = False
     """whether a proposal left out tokens that the model allows: the target is then p on the proposal's support"""
 
@@ -115,47 +117,63 @@ class Posterior:
         """Effective sample size 1 / sum of squared weights, between 1 and N."""
         return float(1 / (self.weights**2).sum())
 
+    @cached_property
+    def _alive(self) -> np.ndarray:
+        """int[K]: the particles of positive weight."""
+        return np.flatnonzero(self.weights > 0)
+
     def of(self, name_or_fn: str | Callable[[dict[str, Any]], Any]) -> list[Any]:
-        """The value of a site, or of a function of one trace's values, for every particle; length N.
+        """The value of a site, or of a function of one trace's values, for every particle of positive weight, in order.
 
         A function receives a dictionary with each site's value for one particle: NumPy arrays, and `Text`s whose
         `decode()` gives their string.
         """
         if callable(name_or_fn):
-            return [name_or_fn({k: self._at(v, i) for k, v in self.values.items()}) for i in range(len(self.log_weights))]
+            return [name_or_fn({k: self._at(v, i) for k, v in self.values.items()}) for i in self._alive]
         if name_or_fn not in self.values:
             raise SiteNameError(f"no site {name_or_fn!r}: {near_misses(name_or_fn, self.values)}")
-        value = self.values[name_or_fn]
+        value = self._at(self.values[name_or_fn], self._alive)
         return value.decode() if isinstance(value, Text) else list(value)
 
     @staticmethod
-    def _at(value: Any, i: int) -> Any:
+    def _at(value: Any, i: Any) -> Any:
         return value[i] if isinstance(value, Text) else jax.tree.map(lambda x: x[i], value)
 
     def marginal(self, name_or_fn: str | Callable[[dict[str, Any]], Any]) -> Marginal:
         """The distribution of a site's value or of a function of the trace: value, probability, Monte Carlo error."""
-        totals: dict[Any, float] = {}
-        squares: dict[Any, float] = {}
-        for value, w in zip(self.of(name_or_fn), self.weights):
-            key = hashable(value)
-            totals[key] = totals.get(key, 0.0) + w
-            squares[key] = squares.get(key, 0.0) + w * w
-        total_square = float((self.weights**2).sum())
-        rows = [Row(k, p, self._error(p, squares[k], total_square)) for k, p in totals.items() if p > 0]
+        members: dict[Any, list[int]] = {}
+        for i, value in zip(self._alive, self.of(name_or_fn)):
+            members.setdefault(hashable(value), []).append(i)
+        rows = []
+        for value, particles in members.items():
+            holds = np.zeros(len(self.weights))
+            holds[particles] = 1.0
+            rows.append(Row(value, float(self.weights @ holds), self.error(holds)))
         return Marginal(sorted(rows, key=lambda r: -r.probability))
 
-    def _error(self, p: float, square: float, total_square: float) -> float:
-        """Standard error of a self-normalised estimate of a probability: sum of w^2 (1[x] - p)^2, rooted."""
-        return 0.0 if self.exact else float(np.sqrt(max(square * (1 - 2 * p) + p * p * total_square, 0.0)))
+    def error(self, values: np.ndarray) -> float:
+        """Monte Carlo standard error of the posterior mean of `values` (float[N], one for each particle).
+
+        Particles that descend from one root of the run are dependent: their deviations are summed before squaring (Chan
+        and Lai 2013; Lee and Whiteley 2018). Never less than for independent particles, and 0 under
+        exact inference.
+        """
+        if self.exact:
+            return 0.0
+        deviations = self.weights * np.nan_to_num(values - self.weights @ values)
+        independent = float((deviations**2).sum())
+        families = deviations if self.roots is None else np.bincount(np.unique(self.roots, return_inverse=True)[1], deviations)
+        return float(np.sqrt(max(independent, (families**2).sum())))
 
     def expectation(self, fn: Callable[[dict[str, Any]], Any] | str) -> Any:
         """The posterior mean of a site or of a function of the trace (see `of`)."""
         values = np.asarray([np.asarray(v, np.float64) for v in self.of(fn)])
-        return np.tensordot(self.weights, values, axes=1)
+        return np.tensordot(self.weights[self._alive], values, axes=1)
 
     def probability(self, fn: Callable[[dict[str, Any]], Any]) -> float:
         """The posterior probability that `fn` holds for a trace."""
-        return float(self.weights[np.asarray([bool(v) for v in self.of(fn)])].sum())
+        holds = np.asarray([bool(v) for v in self.of(fn)])
+        return float(self.weights[self._alive][holds].sum())
 
     def sample(self, rng_key: jax.Array, n: int) -> "Posterior":
         """`n` equally weighted traces, drawn from this posterior with replacement (systematically)."""
@@ -183,7 +201,7 @@ class Posterior:
         if hasattr(arviz, "from_dict") and not hasattr(arviz, "InferenceData"):
             return arviz.from_dict({"posterior": group, "particles": raw})
         data = arviz.from_dict(posterior=group)
-        data.add_groups({"particles": arviz.dict_to_dataset(raw).to_dict() if False else arviz.dict_to_dataset(raw)})
+        data.add_groups({"particles": arviz.dict_to_dataset(raw)})
         return data
 
     def __repr__(self) -> str:

@@ -102,7 +102,10 @@ def _rope(raw: dict, max_length: int, path: Path) -> tuple[float, RopeScaling | 
     if kind == "default":
         return theta, None
     if kind == "llama3":
-        original = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings", max_length))
+        missing = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in rope]
+        if missing:
+            raise CheckpointError(f"{path}: {name} lacks {', '.join(missing)}, which type 'llama3' needs")
+        original = rope.get("original_max_position_embeddings", max_length)
         return theta, RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)
     raise CheckpointError(f"{path}: {name} has type {kind!r}; supported are 'default' and 'llama3'")
 

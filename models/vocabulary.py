@@ -58,8 +58,7 @@ class TableModel:
 
     def logits(self, tokens: Any) -> Array:
         """Logits float32[T, V] of a whole sequence int[T]; row t predicts token t + 1."""
-        features, _ = self.forward(jnp.asarray(tokens, jnp.int32), empty_memory())  # type: ignore[attr-defined]
-        return self.unembed(features)  # type: ignore[attr-defined]
+        return _logits(self, jnp.asarray(tokens, jnp.int32))
 
     def _check(self, **expected: tuple[int, ...]) -> None:
         """The arrays' shapes, the end token and the vocabulary fit together."""
@@ -99,3 +98,9 @@ def register_table_model(cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
     return cls
+
+
+@jax.jit
+def _logits(lm: Any, tokens: Array) -> Array:
+    features, _ = lm.forward(tokens, empty_memory())
+    return lm.unembed(features)

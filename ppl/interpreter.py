@@ -353,7 +353,8 @@ def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Arra
     move = lambda moved: reindex(moved, ancestor)
     arenas, extra = jax.lax.cond(due, move, lambda moved: moved, (state.arenas, extra))
     log_twists = reindex(state.log_twists, ancestor)
-    moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists)
+    root = reindex(state.root, ancestor)
+    moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists, root=root)
     log_weight = jnp.where(due, total - total_twist(moved), state.log_weight)
     return moved._replace(log_weight=log_weight), extra, ancestor
 
@@ -365,7 +366,7 @@ def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
     wants = need(staged.jaxpr)
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
-    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), jnp.int32(0))
+    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), jnp.int32(0), index())
 
 
 __all__ = ["Interpreter", "first_state", "holds_sites", "resample"]

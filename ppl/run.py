@@ -60,6 +60,7 @@ class Output(NamedTuple):
     log_weight: Array
     faults: Faults
     counts: Counts
+    root: Array
 
 
 class Trace(NamedTuple):
@@ -110,7 +111,7 @@ def _runner(staged: Staged, settings: Settings) -> Any:
             values = {name: run.frame.get(v) for name, (v, _) in run.records.items()}
             active = {name: run.frame.get(a) for name, (_, a) in run.records.items()}
             returned = [jnp.asarray(run.frame.get(c)) for c in cells]
-            return Output(returned, values, active, run.state.log_weight, run.state.faults, run.state.counts)
+            return Output(returned, values, active, run.state.log_weight, run.state.faults, run.state.counts, first + run.state.root)
 
         return jax.vmap(one_particle, axis_name=PARTICLES)(jnp.zeros(settings.num_particles))
 

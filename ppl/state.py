@@ -48,6 +48,8 @@ class State(NamedTuple):
     counts: Counts
     clock: Array
     """int32[]: how often weights have moved, the same for all particles"""
+    root: Array
+    """int32[]: this particle's ancestor at the start of the run"""
 
 
 def no_faults() -> Faults:

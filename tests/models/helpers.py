@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from latentrace import models
 from latentrace.ppl.language_model import Block, Memory, empty_memory
 
@@ -49,7 +50,12 @@ def transformer(**changes) -> models.TransformerLM:
     return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), lm)
 
 
-def features_in_two_blocks(lm, tokens, cut: int, capacity: int):
+def write(cache, entry, slot):
+    """The cache with one token's entry put into a slot."""
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis=-2), cache, entry)
+
+
+def logits_in_two_blocks(lm, tokens, cut: int, capacity: int):
     """Logits of tokens[cut:], read one by one after a shared block tokens[:cut] and an own block with unused slots."""
     _, prompt = lm.forward(tokens[:cut], empty_memory())
     last = jax.tree.map(lambda x: x[..., -1:, :], prompt)
@@ -61,8 +67,8 @@ def features_in_two_blocks(lm, tokens, cut: int, capacity: int):
         shared_block = Block(prompt, jnp.ones(cut, bool))
         own_block = Block(own, (slots % 2 == 0) & (slots < 2 * used))  # every other slot is left out
         features, entry = lm.forward(token[None], Memory((shared_block, own_block), cut + used, last))
-        write = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new, 2 * used, axis=-2)
-        return (jax.tree.map(write, own, entry), entry, used + 1), lm.unembed(features)[0]
+        own = write(own, entry, 2 * used)
+        return (own, entry, used + 1), lm.unembed(features)[0]
 
     _, logits = jax.lax.scan(step, (garbage, last, jnp.int32(0)), tokens[cut:])
     return logits

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+
 from latentrace import models
 from latentrace.ppl.language_model import Block, LanguageModel, Memory, empty_memory
 
-from .helpers import features_in_two_blocks, hmm, markov, transformer
+from .helpers import hmm, logits_in_two_blocks, markov, transformer
 
 KINDS = {"markov": markov, "hmm": hmm, "transformer": transformer}
 TOKENS = jnp.array([0, 3, 2, 4, 1, 0, 2, 2, 3], jnp.int32)
@@ -19,6 +19,16 @@ TOKENS = jnp.array([0, 3, 2, 4, 1, 0, 2, 2, 3], jnp.int32)
 @pytest.fixture(params=KINDS)
 def lm(request):
     return KINDS[request.param]()
+
+
+@jax.jit
+def entries_of(lm, tokens):
+    return lm.forward(tokens, empty_memory())[1]
+
+
+@jax.jit
+def after(lm, tokens, memory):
+    return lm.unembed(lm.forward(tokens, memory)[0])
 
 
 def softmax(x):
@@ -46,7 +56,7 @@ def test_is_a_pytree_with_hashable_structure(lm):
 
 def test_batched_weights_pass_through_vmap(lm):
     twice = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), lm)
-    logits = jax.vmap(lambda lm: lm.logits(TOKENS))(twice)
+    logits = jax.jit(jax.vmap(lambda lm: lm.logits(TOKENS)))(twice)
     np.testing.assert_allclose(logits[0], lm.logits(TOKENS), atol=1e-5)
 
 
@@ -59,31 +69,30 @@ def test_causal(lm):
 @pytest.mark.parametrize("cut", [1, 4])
 def test_cached_steps_equal_the_full_pass(lm, cut):
     tolerance = 1e-4 if isinstance(lm, models.TransformerLM) else 1e-5
-    stepped = jax.jit(features_in_two_blocks, static_argnums=(2, 3))(lm, TOKENS, cut, 20)
+    stepped = jax.jit(logits_in_two_blocks, static_argnums=(2, 3))(lm, TOKENS, cut, 20)
     np.testing.assert_allclose(stepped, lm.logits(TOKENS)[cut:], atol=tolerance)
 
 
 def test_cached_steps_under_vmap(lm):
     batch = jax.random.randint(jax.random.key(0), (4, len(TOKENS)), 0, 5).at[:, :3].set(TOKENS[:3])
-    stepped = jax.vmap(lambda tokens: features_in_two_blocks(lm, tokens, 3, 16))(batch)
+    stepped = jax.jit(jax.vmap(lambda tokens: logits_in_two_blocks(lm, tokens, 3, 16)))(batch)
     for row, tokens in zip(stepped, batch):
         np.testing.assert_allclose(row, lm.logits(tokens)[3:], atol=1e-4)
 
 
 def test_several_new_tokens_after_a_block(lm):
-    _, entries = lm.forward(TOKENS[:4], empty_memory())
+    entries = entries_of(lm, TOKENS[:4])
     last = jax.tree.map(lambda x: x[..., -1:, :], entries)
     memory = Memory((Block(entries, jnp.ones(4, bool)),), jnp.int32(4), last)
-    features, _ = lm.forward(TOKENS[4:], memory)
-    np.testing.assert_allclose(lm.unembed(features), lm.logits(TOKENS)[4:], atol=1e-4)
+    found = after(lm, TOKENS[4:], memory)
+    np.testing.assert_allclose(found, lm.logits(TOKENS)[4:], atol=1e-4)
 
 
 def test_masked_block_counts_for_nothing(lm):
-    _, entries = lm.forward(TOKENS[:4], empty_memory())
+    entries = entries_of(lm, TOKENS[:4])
     last = jax.tree.map(lambda x: jnp.zeros_like(x[..., -1:, :]), entries)
     memory = Memory((Block(entries, jnp.zeros(4, bool)),), jnp.int32(0), last)
-    features, _ = lm.forward(TOKENS, memory)
-    np.testing.assert_allclose(lm.unembed(features), lm.logits(TOKENS), atol=1e-5)
+    np.testing.assert_allclose(after(lm, TOKENS, memory), lm.logits(TOKENS), atol=1e-5)
 
 
 def test_markov_logits_are_its_tables():
@@ -127,7 +136,7 @@ def test_hmm_with_impossible_events_has_no_nan():
     def reachable(lm):
         return lm.logits([lm.start_id, 0])[1, 1]
 
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(reachable)(lm)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(reachable))(lm)))
 
 
 def test_vocabulary():
@@ -158,15 +167,14 @@ def test_table_models_check_their_shapes(arguments, message):
 def test_batched_training_forward():
     lm = transformer(tied=False, qkv_bias=True, out_bias=True, mlp_bias=True)
     batch = jnp.stack([TOKENS, TOKENS[::-1]])
-    logits = lm.to_module()(batch)
+    logits = jax.jit(lambda lm: lm.to_module()(batch))(lm)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits[1], lm.logits(TOKENS[::-1]), atol=1e-5)
 
 
 def test_gradients_reach_every_weight():
-    module = models.Transformer(transformer().config, rngs=nnx.Rngs(0))
-    grads = nnx.grad(lambda module: jnp.square(module(TOKENS[None])).sum())(module)
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    loss = jax.jit(jax.grad(lambda lm: jnp.square(lm.to_module()(TOKENS[None])).sum()))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(loss(transformer())))
 
 
 def test_shape_errors_name_the_sizes():

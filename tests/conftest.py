@@ -1,0 +1,19 @@
+"""What the tests of the language and of inference share."""
+
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import programs`: models, programs and oracles
+CORE = ("ppl", "inference")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request):
+    """The core's tests compile many small programs and run each a few times: halve the compile time."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", before or request.path.parent.name in CORE)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
