@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from latentrace.ppl.program import Staged, as_program, check_given, stage
 from latentrace.ppl.run import Output, Settings, check_faults, execute, label_values
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from latentrace.ppl.choices import Spec
 from latentrace.ppl.errors import NotEnumerableError
 from latentrace.ppl.jaxpr import body_of, inner_jaxprs, scan_of

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Settings
 

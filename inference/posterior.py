@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.special import logsumexp
-
 from latentrace.ppl import Text
 from latentrace.ppl.errors import SiteNameError, near_misses
+from scipy.special import logsumexp
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,18 @@ def _cell(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
+def readable(text: Text) -> Any:
+    """Texts as strings, or as tuples of token ids where the model knows no strings."""
+    try:
+        return text.decode()
+    except ValueError:
+        return text.ids()
+
+
 def hashable(value: Any) -> Any:
     """A value as it stands in a marginal: strings, numbers and tuples."""
     if isinstance(value, Text):
-        value = value.decode()
+        value = readable(value)
     if isinstance(value, (list, tuple)):
         return tuple(hashable(v) for v in value)
     if isinstance(value, Mapping):
@@ -133,7 +140,7 @@ class Posterior:
         if name_or_fn not in self.values:
             raise SiteNameError(f"no site {name_or_fn!r}: {near_misses(name_or_fn, self.values)}")
         value = self._at(self.values[name_or_fn], self._alive)
-        return value.decode() if isinstance(value, Text) else list(value)
+        return readable(value) if isinstance(value, Text) else list(value)
 
     @staticmethod
     def _at(value: Any, i: Any) -> Any:
@@ -214,4 +221,4 @@ class Posterior:
 
 
 def _plain(value: Any) -> np.ndarray:
-    return np.asarray(value.decode() if isinstance(value, Text) else value)
+    return np.asarray(list(map(str, readable(value))) if isinstance(value, Text) else value)

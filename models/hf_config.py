@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from latentrace.models.errors import CheckpointError
+from latentrace.models.rotary import RopeScaling
 from latentrace.models.tokenizer import Tokenizer
-from latentrace.models.transformer import RopeScaling, TransformerConfig
+from latentrace.models.transformer import TransformerConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 SIZES = {
@@ -53,6 +54,8 @@ def read_config(directory: Path, tokenizer: Tokenizer | None, tokenizer_config: 
     bos_id, eos_id = (_special_id(kind, tokenizer, tokenizer_config, raw, generation) for kind in ("bos", "eos"))
     if eos_id is None or not 0 <= eos_id < sizes["vocab_size"]:
         raise CheckpointError(f"{path}: eos_token_id is {eos_id}; set it to the id of the token that ends a text")
+    if bos_id is not None and not 0 <= bos_id < sizes["vocab_size"]:
+        raise CheckpointError(f"{path}: bos_token_id is {bos_id}, outside the vocabulary; correct it or set it to null")
     attention_bias = bool(raw.get("attention_bias", False))
     head_dim = raw.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"]
     try:
@@ -119,7 +122,7 @@ def _special_id(kind: str, tokenizer: Tokenizer | None, tokenizer_config: dict, 
     for config in configs:
         value = config.get(f"{kind}_token_id")
         value = value[0] if isinstance(value, list) and value else value
-        if value is not None:
+        if isinstance(value, int):
             return value
     return None
 

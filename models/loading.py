@@ -9,13 +9,12 @@ import numpy as np
 from latentrace.models.errors import CheckpointError
 from latentrace.models.huggingface import load_directory, save_directory
 from latentrace.models.transformer import TransformerLM
-from latentrace.ppl.language_model import LanguageModel
 
 SHIPPED = {"reasoner": Path(__file__).parent / "reasoner" / "checkpoint"}
 """Names of the models that come with the package, and their directories."""
 
 
-def load(name_or_path: str | Path) -> LanguageModel:
+def load(name_or_path: str | Path) -> TransformerLM:
     """A shipped model by name ("reasoner"), or a directory in Hugging Face layout; weights become float32.
 
     The directory holds config.json (Llama, Mistral or Qwen2), model.safetensors or its shards with their index, and

@@ -83,8 +83,9 @@ class Tokenizer:
                 table[index] = b"" if added[index].special else added[index].content.encode()
             else:
                 table[index] = to_bytes(token)
-        for index in {self.bos_id, self.eos_id} - {None}:
-            table[index] = b""
+        for special in (self.bos_id, self.eos_id):
+            if special is not None:
+                table[special] = b""
         return table
 
     def _byte_rule(self) -> Any:

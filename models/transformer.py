@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from latentrace.models.rotary import RopeScaling, rotary_angles, rotate
 from latentrace.models.tokenizer import Tokenizer
 from latentrace.ppl.language_model import Array, Block, Memory, empty_memory
 
@@ -19,16 +20,6 @@ MASKED = -1e30
 """Score of a slot that may not be seen: finite, so that a block without visible slots gives no NaN."""
 FEW_TOKENS = 16
 """Up to this many new tokens a forward pass counts as decoding, not as prefill or training."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """The rescaled rotary frequencies of Llama 3.1 and later."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_length: int
 
 
 @dataclass(frozen=True)
@@ -98,32 +89,6 @@ class RMSNorm(nnx.Module):
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
 
 
-def rotary_angles(config: TransformerConfig, position: Array, length: int) -> tuple[Array, Array]:
-    """Cosines and sines [length, head_dim / 2] for the positions from `position` on."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is not None:
-        frequencies = _rescaled(frequencies, config.rope_scaling)
-    positions = (position + jnp.arange(length)).astype(jnp.float32)
-    angles = positions[:, None] * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rescaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3's rule: slow frequencies divided by `factor`, fast ones kept, a linear blend in between."""
-    turns = scaling.original_max_length * frequencies / (2 * np.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
-
-
-def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
-    """Rotate [..., T, head_dim] by position; the two halves of head_dim are the pairs (Hugging Face's layout)."""
-    cos, sin = angles
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
 def attend(query: Array, key: Array, value: Array, blocks: tuple[Block, ...]) -> Array:
     """Attention of new tokens over cached blocks and over themselves, causally.
 
@@ -139,7 +104,8 @@ def attend(query: Array, key: Array, value: Array, blocks: tuple[Block, ...]) ->
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     bounds = np.cumsum([v.shape[-2] for v in values])[:-1]
     parts = jnp.split(weights, bounds, axis=-1)
-    return sum(jnp.einsum("kgts,ksd->kgtd", part, v) for part, v in zip(parts, values))
+    mixed = [jnp.einsum("kgts,ksd->kgtd", part, v) for part, v in zip(parts, values)]
+    return sum(mixed[1:], mixed[0])
 
 
 def _scores(query: Array, key: Array) -> Array:
@@ -210,7 +176,10 @@ class Transformer(nnx.Module):
     def features(self, tokens: Array, memory: Memory) -> tuple[Array, tuple[Any, ...]]:
         """Features [T, hidden] of int32[T] after `memory`, and per layer (keys, values) [kv_heads, T, head_dim]."""
         x = self.embedding[...][tokens]
-        angles = rotary_angles(self.config, memory.position, tokens.shape[0])
+        config = self.config
+        angles = rotary_angles(
+            config.head_dim, config.rope_theta, config.rope_scaling, memory.position, tokens.shape[0]
+        )
         entries = []
         for index, layer in enumerate(self.layers):
             blocks = tuple(Block(block.entries[index], block.mask) for block in memory.blocks)

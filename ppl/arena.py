@@ -94,9 +94,7 @@ def add_row(arena: Arena, row: Row) -> tuple[Arena, Array]:
 
 def memory(arena: Arena, row: Row, prompts: list[Prompt]) -> Memory:
     """What the model sees before a context's pending token."""
-    blocks = [
-        Block(p.entries, (row.prompt == b) & (jnp.arange(p.tokens.shape[0]) < p.cached)) for b, p in enumerate(prompts)
-    ]
+    blocks = [Block(p.entries, (row.prompt == b) & (jnp.arange(p.tokens.shape[0]) < p.cached)) for b, p in enumerate(prompts)]
     blocks += [Block(cache, mask) for cache, mask in zip(arena.caches, row.slots) if mask.shape[0]]
     return Memory(tuple(blocks), row.position, _last_entries(arena, row, prompts))
 

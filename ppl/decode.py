@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .arena import Row, add_row, append, claim, read_row
 from .collectives import anybody, index, reindex
+from .state import pay, steer
 from .text import Text
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def read_options(operands: tuple[Array, ...], counts: tuple[int, ...], constrain
         groups.append(operands[start : start + n])
         start += n
     table, leaves, proposal_operands, twist_operands = groups
-    return Options(table[0] if table else None, constraint.unflatten(leaves), proposal, proposal_operands, twist, twist_operands)
+    return Options(
+        table[0] if table else None, constraint.unflatten(leaves), proposal, proposal_operands, twist, twist_operands
+    )
 
 
 class Writing(NamedTuple):
@@ -137,15 +140,18 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         )
         arenas = (*state.arenas[:model], arena, *state.arenas[model + 1 :])
         overflow = live & (row.position > lm.max_length)
-        counts = state.counts._replace(
-            generated=state.counts.generated + live, model_calls=state.counts.model_calls + 1
-        )
+        counts = state.counts._replace(generated=state.counts.generated + live, model_calls=state.counts.model_calls + 1)
         faults = state.faults._replace(
-            overflow=jnp.where(overflow, number, state.faults.overflow), restricted=state.faults.restricted | (live & restricted)
+            overflow=jnp.where(overflow, number, state.faults.overflow),
+            restricted=state.faults.restricted | (live & restricted),
         )
         state = state._replace(arenas=arenas, choices=choices, counts=counts, faults=faults)
         if options.weighted:
-            state = _weigh(run, state, name, here, w, live, log_p - log_q, lm)
+            state = pay(state, number, log_p - log_q, live)._replace(clock=state.clock + 1)
+            if options.twist is not None:
+                log_psi = here.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))
+                counts = state.counts._replace(potentials=state.counts.potentials + live)
+                state = steer(state, name, number, log_psi, live)._replace(counts=counts)
             if inside:
                 state, w, ancestor = resample(run.policy, state, w)
                 since = reindex(since, ancestor)
@@ -184,29 +190,6 @@ def draw(choices: Any, site: Any, step: Array, logits: Array, options: Options, 
         allowed = True if options.constraint is None else options.constraint.mask(state)
         restricted = (allowed & (proposed == -jnp.inf) & (logits > -jnp.inf)).any()
     return token, jnp.where(dead, -jnp.inf, log_p), jnp.where(dead, 0.0, log_q), choices, restricted & ~dead
-
-
-def _weigh(run: "Interpreter", state: Any, name: str, options: Options, w: Writing, live: Array, log_ratio: Array, lm: Any) -> Any:
-    """Pay log p - log q for a token and set the text's twist."""
-    number = run.staged.sites[name].number
-    log_ratio = jnp.where(live, log_ratio, 0.0)
-    wrong = jnp.isnan(log_ratio)
-    after = state.log_weight + jnp.where(wrong, -jnp.inf, log_ratio)
-    dies = (after == -jnp.inf) & (state.log_weight > -jnp.inf)
-    faults = state.faults._replace(
-        died=jnp.where(dies, number, state.faults.died),
-        died_at=jnp.where(dies, state.clock, state.faults.died_at),
-        non_finite=jnp.where(wrong & (state.log_weight > -jnp.inf), number, state.faults.non_finite),
-    )
-    state = state._replace(log_weight=after, faults=faults, clock=state.clock + 1)
-    if options.twist is not None:
-        log_psi = options.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))
-        wrong = jnp.isnan(log_psi) | (log_psi == jnp.inf)
-        new = jnp.where(live, jnp.where(wrong, -jnp.inf, log_psi), state.log_twists[name])
-        faults = state.faults._replace(non_finite=jnp.where(live & wrong, number, state.faults.non_finite))
-        counts = state.counts._replace(potentials=state.counts.potentials + live)
-        state = state._replace(log_twists={**state.log_twists, name: new}, faults=faults, counts=counts)
-    return state
 
 
 def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given: Any, canonical: Array, *, name: str,

@@ -17,7 +17,7 @@ from .collectives import PARTICLES, index, reindex
 from .errors import TransformationError
 from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, scan_of
 from .program import Staged, holds_sites, loop_bound, need, walks_into
-from .state import Cell, Frame, Policy, State, total_twist
+from .state import Cell, Frame, Policy, State, no_counts, no_faults, pay, steer, total_twist
 
 Array = jax.Array
 
@@ -53,29 +53,13 @@ class Interpreter:
         return self.frame.get(self.active)
 
     def add_weight(self, name: str, log_weight: Array, *, always: bool = False) -> None:
-        """Move this particle's log-weight where it is active (or `always`), note faults, and let the population resample."""
+        """Move this particle's log-weight where it is active (or `always`); then the population may resample."""
         active = True if always else self.is_active()
-        wrong = jnp.isnan(log_weight) | (log_weight == jnp.inf)
-        log_weight = jnp.where(active, jnp.where(wrong, -jnp.inf, log_weight), 0.0).astype(jnp.float32)
-        number, s = self.staged.sites[name].number, self.state
-        after = s.log_weight + log_weight
-        dies = (after == -jnp.inf) & (s.log_weight > -jnp.inf)
-        faults = s.faults._replace(
-            died=jnp.where(dies, number, s.faults.died),
-            died_at=jnp.where(dies, s.clock, s.faults.died_at),
-            non_finite=jnp.where(active & wrong & (s.log_weight > -jnp.inf), number, s.faults.non_finite),
-        )
-        self.state = s._replace(log_weight=after, faults=faults)
+        self.state = pay(self.state, self.staged.sites[name].number, log_weight, active)
         self.rebalance()
 
     def set_twist(self, name: str, log_psi: Array) -> None:
-        number, s, active = self.staged.sites[name].number, self.state, self.is_active()
-        wrong = jnp.isnan(log_psi) | (log_psi == jnp.inf)
-        faults = s.faults._replace(
-            non_finite=jnp.where(active & wrong & (s.log_weight > -jnp.inf), number, s.faults.non_finite)
-        )
-        twist = jnp.where(active, jnp.where(wrong, -jnp.inf, log_psi), s.log_twists[name]).astype(jnp.float32)
-        self.state = s._replace(log_twists={**s.log_twists, name: twist}, faults=faults)
+        self.state = steer(self.state, name, self.staged.sites[name].number, log_psi, self.is_active())
         self.rebalance()
 
     def rebalance(self) -> None:
@@ -272,7 +256,7 @@ class Interpreter:
             self.records[name] = self.frame.put(value), self.frame.put(active)
 
     def plate(self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str) -> list[Any]:
-        """Walk the body for each element under a `vmap` of its own; elements' weights add up, then the population may resample."""
+        """Walk the body for each element under a `vmap` of its own; their weights add up, then the population may resample."""
         values = [self.frame.get(c) for c in inputs]
         axis, outer, wants = f"plate{len(self.axes)}", self.state, need(jaxpr, nested=True)
         inside = set(sites_inside(jaxpr))
@@ -361,8 +345,6 @@ def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Arra
 
 def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
     """The state before the first site."""
-    from .state import no_counts, no_faults
-
     wants = need(staged.jaxpr)
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}

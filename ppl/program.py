@@ -187,9 +187,9 @@ def stage(prog: Program, args: tuple[Any, ...]) -> Staged:
 
 def walks_into(eqn: Any) -> bool:
     """Whether the interpreter goes through an equation's inner jaxprs itself, rather than binding it whole."""
-    return eqn.primitive.name in CALLS and called_jaxpr(eqn) is not None and (
+    return (eqn.primitive.name in CALLS and called_jaxpr(eqn) is not None and (
         eqn.primitive.name in ("jit", "pjit") or holds_sites(eqn)
-    ) or (not is_site(eqn) and holds_sites(eqn))  # fmt: skip
+    )) or (not is_site(eqn) and holds_sites(eqn))  # fmt: skip
 
 
 def holds_sites(eqn: Any) -> bool:
@@ -302,9 +302,7 @@ def loop_bound(eqn: Any) -> tuple[int, bool]:
     declared = bounds(eqn.params["body_jaxpr"])
     if not declared:
         name = next((e.params["name"] for e in all_eqns(eqn.params["body_jaxpr"]) if is_site(e)), "?")
-        raise SiteError(
-            f"site {name!r} stands in a while loop without a bound: call `ppl.bound(max_steps)` in the loop's body"
-        )
+        raise SiteError(f"site {name!r} stands in a while loop without a bound: call `ppl.bound(max_steps)` in the loop's body")
     return declared[0].params["max_steps"], declared[0].params["truncate"]
 
 

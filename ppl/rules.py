@@ -128,9 +128,10 @@ def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, 
     logits, arena, after = append(lm, arena, row, run.read_prompts(model), clean, count)
     here = jnp.arange(tokens.shape[0]) < given
     ends = (clean == lm.eos_id) & here
-    last_is_end = jnp.where(given > 0, clean[jnp.maximum(given - 1, 0)] == lm.eos_id, row.finished)
     check_overflow(run, scored or "extend()", after.position, count > 0)
-    arena, new_handle = add_row(arena, after._replace(finished=last_is_end if scored else last_is_end & (row.finished | (given > 0))))
+    # observed text may end the context; given text goes on after one that had ended
+    finished = jnp.where(given > 0, clean[jnp.maximum(given - 1, 0)] == lm.eos_id if scored else False, row.finished)
+    arena, new_handle = add_row(arena, after._replace(finished=finished))
     _set_arena(run, model, arena)
     run.count(model_calls=1)
     if scored is not None:
@@ -157,7 +158,9 @@ def tokens(run: "Interpreter", handle: Array, *, last: int, model: int, name: st
     return list(last_tokens(arena, read_row(arena, handle), run.read_prompts(model), last, run.models[model].eos_id))
 
 
-def generate(run: "Interpreter", handle: Array, *operands: Array, name: str, model: int, max_tokens: int, **options: Any) -> list[Any]:
+def generate(
+    run: "Interpreter", handle: Array, *operands: Array, name: str, model: int, max_tokens: int, **options: Any
+) -> list[Any]:
     if run.progress is not None:
         run.progress(run.state.clock)
     lm = run.models[model]

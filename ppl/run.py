@@ -106,12 +106,16 @@ def _runner(staged: Staged, settings: Settings) -> Any:
         def one_particle(_: Array) -> Output:
             choices = settings.source.choices(rng_key, first + index())
             state = first_state(staged, models, choices)
-            run = Interpreter(staged, dict(zip(ids, consts)), models, state, given=given, policy=settings.policy, progress=progress)
+            run = Interpreter(
+                staged, dict(zip(ids, consts)), models, state, given=given, policy=settings.policy, progress=progress
+            )
             cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in inputs])
             values = {name: run.frame.get(v) for name, (v, _) in run.records.items()}
             active = {name: run.frame.get(a) for name, (_, a) in run.records.items()}
             returned = [jnp.asarray(run.frame.get(c)) for c in cells]
-            return Output(returned, values, active, run.state.log_weight, run.state.faults, run.state.counts, first + run.state.root)
+            return Output(
+                returned, values, active, run.state.log_weight, run.state.faults, run.state.counts, first + run.state.root
+            )
 
         return jax.vmap(one_particle, axis_name=PARTICLES)(jnp.zeros(settings.num_particles))
 

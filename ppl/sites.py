@@ -183,7 +183,9 @@ def bind_sample(name: str, dist: Any, scale: Any) -> Array:
     try:
         out = jax.eval_shape(lambda leaves, key: tree.unflatten(leaves).sample(key), leaves, jax.random.key(0))
     except NotImplementedError as error:
-        raise SiteError(f"site {full!r}: {type(dist).__name__} cannot be simulated ({error}); give it a proper prior") from error
+        raise SiteError(
+            f"site {full!r}: {type(dist).__name__} cannot be simulated ({error}); give it a proper prior"
+        ) from error
     operands = leaves if scale is None else [*leaves, jnp.asarray(scale, jnp.float32)]
     return sample_p.bind(
         *operands, name=full, tree=tree, scaled=scale is not None, out=(out.shape, str(out.dtype)), support=_support(dist)
@@ -250,7 +252,9 @@ def deterministic(name: str, value: Any) -> Any:
 
 def _scalar(name: str, value: Any, dtype: Any) -> Array:
     if jnp.shape(value) != ():
-        raise SiteError(f"site {name!r}: expected a scalar, found shape {jnp.shape(value)}; reduce it, with `.sum()` or `.all()`")
+        raise SiteError(
+            f"site {name!r}: expected a scalar, found shape {jnp.shape(value)}; reduce it, with `.sum()` or `.all()`"
+        )
     found = jnp.result_type(value)
     if dtype == jnp.bool_ and found != jnp.bool_:
         raise SiteError(f"site {name!r}: expected a bool, found {found}; compare it with something, such as `x == 24`")

@@ -66,6 +66,28 @@ def total_twist(state: State) -> Array:
     return sum((t.sum() for t in state.log_twists.values()), jnp.float32(0))
 
 
+def pay(state: State, site: int, log_weight: Array, active: Any) -> State:
+    """Move this particle's log-weight where it is active. NaN and +inf are noted, and count as impossible."""
+    wrong, alive = jnp.isnan(log_weight) | (log_weight == jnp.inf), state.log_weight > -jnp.inf
+    paid = jnp.where(active, jnp.where(wrong, -jnp.inf, log_weight), 0.0).astype(jnp.float32)
+    after = state.log_weight + paid
+    dies = alive & (after == -jnp.inf)
+    faults = state.faults._replace(
+        died=jnp.where(dies, site, state.faults.died),
+        died_at=jnp.where(dies, state.clock, state.faults.died_at),
+        non_finite=jnp.where(active & wrong & alive, site, state.faults.non_finite),
+    )
+    return state._replace(log_weight=after, faults=faults)
+
+
+def steer(state: State, name: str, site: int, log_psi: Array, active: Any) -> State:
+    """Set a twist where this particle is active."""
+    wrong, alive = jnp.isnan(log_psi) | (log_psi == jnp.inf), state.log_weight > -jnp.inf
+    twist = jnp.where(active, jnp.where(wrong, -jnp.inf, log_psi), state.log_twists[name]).astype(jnp.float32)
+    faults = state.faults._replace(non_finite=jnp.where(active & wrong & alive, site, state.faults.non_finite))
+    return state._replace(log_twists={**state.log_twists, name: twist}, faults=faults)
+
+
 class Policy(Protocol):
     """When and how a population resamples. Called by every particle after its weight has moved."""
 

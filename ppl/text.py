@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -56,11 +56,28 @@ class Text:
         return jax.tree.map(lambda x: x[index], self)
 
     def decode(self) -> Any:
-        """The text as a string, or nested lists of strings over the leading axes. Not for use inside a program."""
-        tokens, lengths = np.asarray(self.tokens), np.asarray(self.length)
+        """The text as a string, or nested lists of strings over the leading axes. Not for use inside a program.
+
+        Tokens are spelled exactly, so that texts which follow each other may be joined; EOS is left out.
+        """
+        letters = spellings(self.lm)
+        spell = lambda ids: b"".join(letters[i] for i in ids if i != self.lm.eos_id).decode(errors="replace")
+        return self._map(np.asarray(self.tokens), np.asarray(self.length), spell)
+
+    def ids(self) -> Any:
+        """Token ids up to the end as a tuple, or nested lists of tuples over the leading axes. Not for use inside a program."""
+        return self._map(np.asarray(self.tokens), np.asarray(self.length), tuple)
+
+    def _map(self, tokens: np.ndarray, lengths: np.ndarray, fn: Callable[[list[int]], Any]) -> Any:
         if lengths.ndim == 0:
-            return self.lm.decode(tokens[: int(lengths)].tolist())
-        return [self[i].decode() for i in range(lengths.shape[0])]
+            return fn(tokens[: int(lengths)].tolist())
+        return [self._map(t, n, fn) for t, n in zip(tokens, lengths)]
+
+
+@lru_cache(maxsize=32)
+def spellings(lm: Any) -> list[bytes]:
+    """The bytes of every token of a model."""
+    return lm.token_bytes()
 
 
 BUCKETS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)

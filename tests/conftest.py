@@ -13,7 +13,6 @@ CORE = ("ppl", "inference")
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
     """The core's tests compile many small programs and run each a few times: halve the compile time."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", before or request.path.parent.name in CORE)
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name in CORE)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-
 from latentrace import inference, models, ppl
 from latentrace.models.reasoner import game24
 

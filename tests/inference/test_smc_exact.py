@@ -1,76 +1,233 @@
 """SMC is exactly unbiased: its own random choices are enumerated, so nothing here has a Monte Carlo error.
 
 All randomness passes through `Choices`. Here a token is a digit of the number of a world, and a resampling's uniform
-number is one of the finitely many that lead to different ancestors, so that the sum over worlds of
-P(world) * Z_hat * (posterior average of f) can be compared with Z * E[f].
+number is one of the few that lead to different ancestors. For every trace x, the sum over worlds of
+P(world) * Z_hat * (posterior weight of x) must be p(x), the target's unnormalised density.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import programs
 import pytest
-
 from latentrace import inference, ppl
 from latentrace.inference.smc.smc import ResampleBelow
-from latentrace.ppl.program import as_program, stage
-from latentrace.ppl.run import Settings, execute
+from latentrace.ppl.collectives import PARTICLES, index
+from latentrace.ppl.interpreter import Interpreter, first_state
+from latentrace.ppl.program import stage
 
-N, T, V, EOS = 2, 2, 3, 2
+N, V, EOS = 2, 3, 2
 LM = programs.markov(V, eos_id=EOS, seed=3)
-REWARD = jnp.array([0.9, -1.3, 0.4])
-WEIGHTS = jnp.array([[0.2, -0.7, 1.1], [-0.4, 0.8, 0.1]])
+REWARD = np.array([0.9, -1.3, 0.4])
+PROMISE = np.array([[0.2, -0.7, 1.1], [-0.4, 0.8, 0.1]])
 
 
 class World(NamedTuple):
-    """The choices of one particle in one world. A token is a digit of its own, a resampling one that all share."""
+    """The choices of one particle in one world: digits of its own, and of resamplings, which all particles share."""
 
     own: Any
-    """int32[]: tokens to come, as a number in base V"""
     shared: Any
-    """int32[]: resamplings to come, as a number in base N"""
     log_p_own: Any
     log_p_shared: Any
 
     def supply(self, spec, active):
         return None
 
+    def _choose(self, logits):
+        digit = self.own % len(logits)
+        possible = logits.max() > -jnp.inf  # where no token is, the particle is dead and any token will do
+        paid = jax.nn.log_softmax(jnp.where(possible, logits, 0.0))[digit]
+        return digit, self._replace(own=self.own // len(logits), log_p_own=self.log_p_own + paid)
+
+    def value(self, site, distribution):
+        support = distribution.enumerate_support()
+        digit, choices = self._choose(jax.vmap(distribution.log_prob)(support))
+        return support[digit], choices
+
     def token(self, site, step, logits):
-        token = self.own % V
-        paid = jax.nn.log_softmax(logits)[token]
-        return token, self._replace(own=self.own // V, log_p_own=self.log_p_own + paid)
+        return self._choose(logits)
 
     def offset(self, clock, weights):
-        """One of the N stretches of [0, 1) on which systematic resampling has the same outcome."""
-        cuts = jnp.sort(jnp.concatenate([jnp.zeros(1), (N * jnp.cumsum(weights)[:-1] / weights.sum()) % 1.0, jnp.ones(1)]))
+        """The middle of one of the N stretches of [0, 1) on which systematic resampling has the same outcome."""
+        inner = (N * jnp.cumsum(weights)[:-1] / weights.sum()) % 1.0
+        cuts = jnp.concatenate([jnp.zeros(1), jnp.sort(inner), jnp.ones(1)])
         k = self.shared % N
         paid = jnp.log(cuts[k + 1] - cuts[k])
         return (cuts[k] + cuts[k + 1]) / 2, self._replace(shared=self.shared // N, log_p_shared=self.log_p_shared + paid)
 
 
-class Worlds(NamedTuple):
-    """A source whose "key" is the number of the world."""
+def estimated_measure(program, own: int, shared: int, inside_texts: bool, thresholds) -> tuple[np.ndarray, list[dict]]:
+    """For each threshold, the sum of P(world), and of P(world) * Z_hat * weight over each trace.
 
-    tokens: int
-    """tokens drawn by each particle at most"""
+    `own` is how many outcomes a particle's draws have, `shared` how often the population may resample.
+    """
+    staged = stage(ppl.program(program), ())
+    consts = {name: jnp.asarray(array) for name, array in staged.consts.items()}
 
-    def choices(self, world, particle):
-        own = world // V ** (self.tokens * particle) % V**self.tokens
-        zero = jnp.float32(0)
-        return World(own.astype(jnp.int32), (world // V ** (self.tokens * N)).astype(jnp.int32), zero, zero)
+    def one_world(threshold, world):
+        policy = ResampleBelow(threshold, "systematic", inside_texts)
+
+        def one_particle(_):
+            zero = jnp.float32(0)
+            choices = World(world // own ** index() % own, world // own**N, zero, zero)
+            state = first_state(staged, staged.models, choices)
+            run = Interpreter(staged, consts, staged.models, state, policy=policy)
+            cells = run.walk(staged.jaxpr, [])
+            return jnp.asarray(run.frame.get(cells[0])), run.state.log_weight, run.state.choices
+
+        trace, log_weight, choices = jax.vmap(one_particle, axis_name=PARTICLES)(jnp.zeros(N))
+        spent = (choices.own == 0).all() & (choices.shared == 0).all()  # else this world repeats one with fewer digits
+        log_p = jnp.where(spent, choices.log_p_own.sum() + choices.log_p_shared[0], -jnp.inf)
+        return log_p, log_weight, trace
+
+    worlds = jnp.arange(own**N * N**shared)
+    over_worlds = jax.vmap(one_world, in_axes=(None, 0))
+    results = jax.jit(jax.vmap(over_worlds, in_axes=(0, None)))(jnp.asarray(thresholds), worlds)
+    log_p, log_weight, traces = (np.asarray(r) for r in results)
+    p, weight = np.exp(log_p.astype(np.float64)), np.exp(log_weight.astype(np.float64))
+    measures = []
+    for t in range(len(thresholds)):
+        measure: dict[tuple, float] = {}
+        # Z_hat times the self-normalised average of f is the mean over particles of weight times f
+        for mass, trace in zip((p[t][:, None] * weight[t] / N).ravel(), traces[t].reshape(-1, traces.shape[-1]).tolist()):
+            measure[tuple(trace)] = measure.get(tuple(trace), 0.0) + mass
+        measures.append(measure)
+    return p.sum(1), measures
 
 
-class Watched(NamedTuple):
-    """A policy that counts its choices: hands the choices back through the log-weights of the last rebalance."""
+# --- programs, each with its unnormalised density written out in NumPy -----------------------------------------------
 
-    policy: ResampleBelow
 
-    @property
-    def inside_texts(self):
-        return self.policy.inside_texts
+def loop():
+    """Texts of one token in a scan, each rewarded and twisted. b after b is impossible, and so is a at last."""
 
-    def __call__(self, choices, clock, log_weight):
-        return self.policy(choices, clock, log_weight)
+    def step(carry, i):
+        context, before = carry
+        text, context = ppl.generate("x", context, max_tokens=1)
+        token = text.tokens[0]  # EOS where the context has finished
+        ppl.factor("reward", jnp.where((before == 1) & (token == 1), -jnp.inf, jnp.asarray(REWARD)[token]))
+        ppl.twist("promise", jnp.asarray(PROMISE)[i, token])
+        return (context, token), token
+
+    (_, last), tokens = jax.lax.scan(step, (ppl.prompt(LM), jnp.int32(0)), jnp.arange(2))
+    ppl.condition("not a at last", last != 0)
+    return tokens
+
+
+def loop_density():
+    for text, p, _ in programs.texts(LM, (), 2):
+        a, b = (*text, EOS)[:2]
+        impossible = (a == 1 and b == 1) or b == 0
+        yield (a, b), 0.0 if impossible else p * np.exp(REWARD[a] + REWARD[b])
+
+
+class NothingAfterB(NamedTuple):
+    """A constraint that kills: whoever writes b has no token to go on with."""
+
+    masks: Any
+
+    def start(self):
+        return jnp.int32(0)
+
+    def mask(self, state):
+        return self.masks[state]
+
+    def next(self, state, token):
+        return (token == 1).astype(jnp.int32)
+
+
+def text():
+    """One text with a twist, a proposal and a constraint of its own, all of which move weights inside it."""
+    x, _ = ppl.generate(
+        "x",
+        ppl.prompt(LM),
+        max_tokens=2,
+        constraint=NothingAfterB(jnp.array([[True, True, True], [False, False, False]])),
+        proposal=ppl.proposals.temperature(1.7),
+        twist=lambda t: jnp.asarray(PROMISE)[t.length - 1, t.tokens[t.length - 1]],
+    )
+    ppl.factor("reward", jnp.asarray(REWARD)[x.tokens].sum())
+    ppl.condition("no a at first", x.tokens[0] != 0)
+    ppl.twist("late", x.length * 0.7)
+    return x.tokens
+
+
+def text_density():
+    for text, p, _ in programs.texts(LM, (), 2):
+        a, b = (*text, EOS)[:2]
+        impossible = a == 1 or a == 0
+        yield (a, b), 0.0 if impossible else p * np.exp(REWARD[a] + REWARD[b])
+
+
+LOGITS = np.array([0.3, -0.9, 0.5])
+
+
+def branches():
+    """A choice of branch: one generates and is rewarded, the other draws, twists and may die."""
+    k = ppl.sample("k", dist.Categorical(logits=jnp.asarray(LOGITS)))
+
+    def write():
+        token = ppl.generate("x", ppl.prompt(LM), max_tokens=1)[0].tokens[0]
+        ppl.factor("reward", jnp.asarray(REWARD)[token])
+        return token
+
+    def flip():
+        b = ppl.sample("b", dist.Bernoulli(0.3))
+        ppl.twist("promise", jnp.asarray(PROMISE)[b, k])
+        ppl.condition("possible", (k == 0) | (b == 1))
+        return b
+
+    y = jax.lax.cond(k == 1, write, flip)
+    ppl.factor("last", 0.5 * y - 0.2 * k)
+    return jnp.stack([k, y])
+
+
+def branches_density():
+    prior = np.exp(LOGITS) / np.exp(LOGITS).sum()
+    for token, p in enumerate(programs.next_probs(LM)):
+        yield (1, token), prior[1] * p * np.exp(REWARD[token] + 0.5 * token - 0.2)
+    for k, b in [(0, 0), (0, 1), (2, 1)]:
+        yield (k, b), prior[k] * (0.3 if b else 0.7) * np.exp(0.5 * b - 0.2 * k)
+
+
+THRESHOLDS = (0.0, 0.5, 0.8, 1.1)
+CASES = {
+    "loop": (loop, loop_density, V**2, 5, True),
+    "text": (text, text_density, V**2, 5, True),
+    "text, resampled at sites": (text, text_density, V**2, 4, False),
+    "branches": (branches, branches_density, 3 * V * 2, 4, True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_expected_weighted_measure_is_the_target(case):
+    program, density, own, shared, inside_texts = CASES[case]
+    target: dict[tuple, float] = {}
+    for trace, p in density():
+        target[trace] = target.get(trace, 0.0) + p
+    evidence = sum(target.values())
+    total, measures = estimated_measure(program, own, shared, inside_texts, THRESHOLDS)
+    np.testing.assert_allclose(total, 1.0, atol=1e-5)
+    for threshold, measure in zip(THRESHOLDS, measures):
+        for trace in {*target, *measure}:
+            error = measure.get(trace, 0.0) - target.get(trace, 0.0)
+            assert abs(error) < 1e-5 * evidence, (threshold, trace, error)
+
+
+@pytest.mark.parametrize("case", ["loop", "text", "branches"])
+def test_exact_inference_has_the_target(case):
+    program, density, *_ = CASES[case]
+    target: dict[tuple, float] = {}
+    for trace, p in density():
+        target[trace] = target.get(trace, 0.0) + p
+    posterior = inference.Exact().run(jax.random.key(0), ppl.program(program))
+    evidence = sum(target.values())
+    assert abs(posterior.log_evidence - np.log(evidence)) < 1e-5
+    found: dict[tuple, float] = {}
+    for trace, weight in zip(np.asarray(posterior.returned).tolist(), posterior.weights):
+        found[tuple(trace)] = found.get(tuple(trace), 0.0) + weight
+    for trace in {*target, *found}:
+        assert abs(found.get(trace, 0.0) - target.get(trace, 0.0) / evidence) < 1e-5

@@ -1,0 +1,25 @@
+"""Execute the notebooks beside this file, in place; with --check, fail where one raises and leave the files alone."""
+
+import argparse
+import pathlib
+
+import nbformat
+from nbclient import NotebookClient
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(path.parent))
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # time stamps would change at every run
+        if not args.check:
+            nbformat.write(notebook, path)
+        print(f"{path.name}: {sum(c.cell_type == 'code' for c in notebook.cells)} cells ran")
+
+
+if __name__ == "__main__":
+    main()
