@@ -1,12 +1,10 @@
 """Small models and oracles for the tests of the language and of inference."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-from latentrace import models, ppl
+from latentrace import models
 
 LETTERS = "abcdefgh"
 
@@ -33,28 +31,61 @@ def next_probs(lm: Any, tokens: tuple[int, ...] = ()) -> np.ndarray:
     return weights / weights.sum()
 
 
-def texts(lm: Any, context: tuple[int, ...], max_tokens: int, stop: Callable[[tuple[int, ...]], bool] = lambda text: False):
-    """Every text that can follow a context: (tokens, probability, whether it ended). `stop` says that `until` is met."""
+class Path:
+    """One path through a program written in plain Python; `paths` visits all of them."""
 
-    def grow(text: tuple[int, ...], p: float):
-        ended = bool(text) and (text[-1] == lm.eos_id or stop(text))
-        if ended or len(text) == max_tokens:
-            yield text, p, ended
-            return
-        for token, q in enumerate(next_probs(lm, context + text)):
-            if q > 0:
-                yield from grow((*text, token), p * float(q))
+    def __init__(self, prefix: tuple[int, ...]):
+        self.prefix, self.taken, self.radices, self.density = prefix, [], [], 1.0
 
-    yield from grow((), 1.0)
+    def choose(self, probs: Any) -> int:
+        """One of len(probs) outcomes."""
+        k = self.prefix[len(self.taken)] if len(self.taken) < len(self.prefix) else 0
+        self.taken.append(k)
+        self.radices.append(len(probs))
+        self.density *= float(probs[k])
+        return k
+
+    def flip(self, p: float) -> int:
+        return self.choose([1 - p, p])
+
+    def weigh(self, weight: Any) -> None:
+        """Multiply the density: a factor by exp(log weight), a condition by whether it holds."""
+        self.density *= float(weight)
+
+    def text(
+        self, lm: Any, context: tuple[int, ...], max_tokens: int, stop: Any = None, *, support: Any = None
+    ) -> tuple[int, ...]:
+        """A text after `context`. `stop(tokens)` says that `until` is met, `support(probs)` which tokens are proposed."""
+        text: tuple[int, ...] = ()
+        while len(text) < max_tokens:
+            probs = next_probs(lm, context + text)
+            text += (self.choose(probs if support is None else np.where(support(probs), probs, 0.0)),)
+            if text[-1] == lm.eos_id or (stop is not None and stop(text)):
+                break
+        return text
 
 
-def sum_of_densities(program: Any, args: tuple[Any, ...], values: dict[str, Any]) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """exp(log density) of every assignment of `values[name]`, a list of candidates for each site."""
-    names = list(values)
-    assignments = [dict(zip(names, choice)) for choice in itertools.product(*values.values())]
-    density = jax.jit(jax.vmap(lambda given: program.log_density(given, *args)))
-    stacked = jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *assignments)
-    return np.exp(np.asarray(density(stacked), np.float64)), assignments
+def paths(fn: Callable[[Path], Any]):
+    """Result and unnormalised density of every path of a program written in plain Python."""
+    todo: list[tuple[int, ...]] = [()]
+    while todo:
+        prefix = todo.pop()
+        path = Path(prefix)
+        result = fn(path)
+        yield result, path.density
+        for i in range(len(prefix), len(path.taken)):
+            todo += [(*path.taken[:i], k) for k in range(1, path.radices[i])]
 
 
-__all__ = ["hmm", "markov", "next_probs", "ppl", "sum_of_densities", "texts"]
+def measure(pairs: Any) -> dict[Any, float]:
+    """Densities summed over equal results; results of density 0 left out."""
+    found: dict[Any, float] = {}
+    for result, density in pairs:
+        key = tuple(np.asarray(result).ravel().tolist())
+        if density > 0:
+            found[key] = found.get(key, 0.0) + float(density)
+    return found
+
+
+def padded(text: tuple[int, ...], max_tokens: int, eos_id: int = 0) -> tuple[int, ...]:
+    return (*text, *[eos_id] * (max_tokens - len(text)))

@@ -90,11 +90,9 @@ def estimated_measure(program, own: int, shared: int, inside_texts: bool, thresh
     p, weight = np.exp(log_p.astype(np.float64)), np.exp(log_weight.astype(np.float64))
     measures = []
     for t in range(len(thresholds)):
-        measure: dict[tuple, float] = {}
         # Z_hat times the self-normalised average of f is the mean over particles of weight times f
-        for mass, trace in zip((p[t][:, None] * weight[t] / N).ravel(), traces[t].reshape(-1, traces.shape[-1]).tolist()):
-            measure[tuple(trace)] = measure.get(tuple(trace), 0.0) + mass
-        measures.append(measure)
+        mass = p[t][:, None] * weight[t] / N
+        measures.append(programs.measure(zip(traces[t].reshape(-1, traces.shape[-1]), mass.ravel())))
     return p.sum(1), measures
 
 
@@ -117,11 +115,10 @@ def loop():
     return tokens
 
 
-def loop_density():
-    for text, p, _ in programs.texts(LM, (), 2):
-        a, b = (*text, EOS)[:2]
-        impossible = (a == 1 and b == 1) or b == 0
-        yield (a, b), 0.0 if impossible else p * np.exp(REWARD[a] + REWARD[b])
+def loop_density(path):
+    a, b = programs.padded(path.text(LM, (), 2), 2, EOS)
+    path.weigh(np.exp(REWARD[a] + REWARD[b]) * (not a == b == 1) * (b != 0))
+    return a, b
 
 
 class NothingAfterB(NamedTuple):
@@ -155,11 +152,10 @@ def text():
     return x.tokens
 
 
-def text_density():
-    for text, p, _ in programs.texts(LM, (), 2):
-        a, b = (*text, EOS)[:2]
-        impossible = a == 1 or a == 0
-        yield (a, b), 0.0 if impossible else p * np.exp(REWARD[a] + REWARD[b])
+def text_density(path):
+    a, b = programs.padded(path.text(LM, (), 2), 2, EOS)
+    path.weigh(np.exp(REWARD[a] + REWARD[b]) * (a != 1) * (a != 0))
+    return a, b
 
 
 LOGITS = np.array([0.3, -0.9, 0.5])
@@ -185,12 +181,16 @@ def branches():
     return jnp.stack([k, y])
 
 
-def branches_density():
-    prior = np.exp(LOGITS) / np.exp(LOGITS).sum()
-    for token, p in enumerate(programs.next_probs(LM)):
-        yield (1, token), prior[1] * p * np.exp(REWARD[token] + 0.5 * token - 0.2)
-    for k, b in [(0, 0), (0, 1), (2, 1)]:
-        yield (k, b), prior[k] * (0.3 if b else 0.7) * np.exp(0.5 * b - 0.2 * k)
+def branches_density(path):
+    k = path.choose(np.exp(LOGITS) / np.exp(LOGITS).sum())
+    if k == 1:
+        (y,) = path.text(LM, (), 1)
+        path.weigh(np.exp(REWARD[y]))
+    else:
+        y = path.flip(0.3)
+        path.weigh(k == 0 or y == 1)
+    path.weigh(np.exp(0.5 * y - 0.2 * k))
+    return k, y
 
 
 THRESHOLDS = (0.0, 0.5, 0.8, 1.1)
@@ -205,9 +205,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_expected_weighted_measure_is_the_target(case):
     program, density, own, shared, inside_texts = CASES[case]
-    target: dict[tuple, float] = {}
-    for trace, p in density():
-        target[trace] = target.get(trace, 0.0) + p
+    target = programs.measure(programs.paths(density))
     evidence = sum(target.values())
     total, measures = estimated_measure(program, own, shared, inside_texts, THRESHOLDS)
     np.testing.assert_allclose(total, 1.0, atol=1e-5)
@@ -220,14 +218,10 @@ def test_expected_weighted_measure_is_the_target(case):
 @pytest.mark.parametrize("case", ["loop", "text", "branches"])
 def test_exact_inference_has_the_target(case):
     program, density, *_ = CASES[case]
-    target: dict[tuple, float] = {}
-    for trace, p in density():
-        target[trace] = target.get(trace, 0.0) + p
+    target = programs.measure(programs.paths(density))
     posterior = inference.Exact().run(jax.random.key(0), ppl.program(program))
     evidence = sum(target.values())
     assert abs(posterior.log_evidence - np.log(evidence)) < 1e-5
-    found: dict[tuple, float] = {}
-    for trace, weight in zip(np.asarray(posterior.returned).tolist(), posterior.weights):
-        found[tuple(trace)] = found.get(tuple(trace), 0.0) + weight
+    found = programs.measure(zip(np.asarray(posterior.returned), posterior.weights))
     for trace in {*target, *found}:
         assert abs(found.get(trace, 0.0) - target.get(trace, 0.0) / evidence) < 1e-5
