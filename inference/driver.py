@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from latentrace.ppl.program import Staged, as_program, check_given, stage
 from latentrace.ppl.run import Output, Settings, check_faults, execute, label_values
 
@@ -17,7 +18,8 @@ class Progress:
     """A bar that appears when a run takes longer than a few seconds; fed by callbacks from the compiled program."""
 
     def __init__(self, delay: float = 3.0):
-        self.delay, self.start, self.bar = delay, 0.0, None
+        self.delay, self.start = delay, 0.0
+        self.bar: Any = None
 
     def __call__(self, count: Any) -> None:
         """Called from inside the run with the number of model calls so far."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from latentrace.ppl.choices import Spec
 from latentrace.ppl.errors import NotEnumerableError
 from latentrace.ppl.jaxpr import body_of, inner_jaxprs, scan_of
@@ -72,8 +73,8 @@ class Digits:
 
     def supply(self, spec: Spec | None, active: Any) -> tuple[Array, Array, "Digits"]:
         assert spec is not None, "a site without finite support is refused before the run"
-        digits = jax.lax.dynamic_slice(self.digits, (self.cursor,), (spec.count,))
-        return digits, jnp.asarray(active) | (digits == 0).all(), self._skip(spec.count)
+        digits = jax.lax.dynamic_slice(self.digits, (self.cursor,), (spec.digits,))
+        return digits, jnp.asarray(active) | (digits == 0).all(), self._skip(spec.digits)
 
     def enter_element(self, i: Array, jaxpr: Any) -> "Digits":
         return self._skip(i * len(self.layout.radices(jaxpr)))
@@ -131,7 +132,8 @@ class Exact:
         start = time.perf_counter()
         staged, given = prepare(program, args)
         settings, total = self._settings(staged, frozenset(given), wants_progress(progress))
-        kept, calls = [], 0
+        kept: list[Any] = []
+        calls = 0
         with PROGRESS:
             for first in range(0, total, settings.num_particles):
                 output = jax.tree.map(np.asarray, execute(staged, rng_key, given, settings, first))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Settings
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy.special import logsumexp
+
 from latentrace.ppl import Text
 from latentrace.ppl.errors import SiteNameError, near_misses
-from scipy.special import logsumexp
 
 
 @dataclass(frozen=True)

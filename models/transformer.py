@@ -177,9 +177,7 @@ class Transformer(nnx.Module):
         """Features [T, hidden] of int32[T] after `memory`, and per layer (keys, values) [kv_heads, T, head_dim]."""
         x = self.embedding[...][tokens]
         config = self.config
-        angles = rotary_angles(
-            config.head_dim, config.rope_theta, config.rope_scaling, memory.position, tokens.shape[0]
-        )
+        angles = rotary_angles(config.head_dim, config.rope_theta, config.rope_scaling, memory.position, tokens.shape[0])
         entries = []
         for index, layer in enumerate(self.layers):
             blocks = tuple(Block(block.entries[index], block.mask) for block in memory.blocks)

@@ -185,14 +185,10 @@ def prefill(lm: LanguageModel, tokens: Array, count: Array) -> Prompt:
 
 def last_tokens(arena: Arena, row: Row, prompts: list[Prompt], last: int, pad: int) -> tuple[Array, Array]:
     """The last tokens of a context, oldest first (int32[last], padded at the front), and how many are real."""
-    tokens, mask = [], []
-    for b, p in enumerate(prompts):
-        tokens.append(p.tokens)
-        mask.append((row.prompt == b) & (jnp.arange(p.tokens.shape[0]) < p.cached))
-    tokens += [*arena.tokens, row.pending[None]]
-    mask += [*row.slots, jnp.asarray([True])]
+    prompted = [(row.prompt == b) & (jnp.arange(p.tokens.shape[0]) < p.cached) for b, p in enumerate(prompts)]
     # slots are handed out in order of time, so a context's tokens lie in order
-    tokens, mask = jnp.concatenate(tokens), jnp.concatenate(mask)
+    tokens = jnp.concatenate([*(p.tokens for p in prompts), *arena.tokens, row.pending[None]])
+    mask = jnp.concatenate([*prompted, *row.slots, jnp.asarray([True])])
     from_end = jnp.cumsum(mask[::-1])[::-1]  # the last token has 1
     place = jnp.where(mask & (from_end <= last), last - from_end, last)
     found = jnp.full(last, pad, jnp.int32).at[place].set(tokens, mode="drop")

@@ -22,9 +22,9 @@ class SiteRef(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """The finite set of values of a site: `count` digits of the given radix."""
+    """The finite set of values of a site: `digits` digits of the given radix."""
 
-    count: int
+    digits: int
     radix: int
 
 
@@ -32,7 +32,7 @@ class Choices(Protocol):
     """A source of choices. It is a pytree, carried from site to site; methods that choose return the next one."""
 
     def supply(self, spec: Spec | None, active: Any) -> tuple[Array, Array, "Choices"] | None:
-        """Digits int32[count] of a site whose value is enumerated, and whether they are canonical; None to draw it."""
+        """Digits int32[digits] of a site whose value is enumerated, and whether they are canonical; None to draw it."""
         ...
 
     def value(self, site: SiteRef, dist: Any) -> tuple[Any, "Choices"]:

@@ -1,13 +1,13 @@
 """Generating a text: the decode loop, and the density of a text whose tokens are known."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from .arena import Row, add_row, append, claim, read_row
 from .collectives import anybody, index, reindex
-from .state import pay, steer
+from .state import Policy, pay, steer
 from .text import Text
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
     options = read_options(operands, counts, constraint, proposal, twist)
     active, prompts = run.is_active(), run.read_prompts(model)
     row = read_row(run.state.arenas[model], handle)
-    inside = run.policy is not None and run.policy.inside_texts and options.weighted
+    policy, progress = run.policy, run.progress
+    inside = policy is not None and policy.inside_texts and options.weighted
     me = index() if inside else jnp.int32(0)
     idle = row.finished | ~jnp.asarray(active)
     writing = Writing(
@@ -153,10 +154,10 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
                 counts = state.counts._replace(potentials=state.counts.potentials + live)
                 state = steer(state, name, number, log_psi, live)._replace(counts=counts)
             if inside:
-                state, w, ancestor = resample(run.policy, state, w)
+                state, w, ancestor = resample(cast(Policy, policy), state, w)
                 since = reindex(since, ancestor)
-        if run.progress is not None:
-            jax.lax.cond(step % 16 == 15, lambda: run.progress(state.counts.model_calls), lambda: None)
+        if progress is not None:
+            jax.lax.cond(step % 16 == 15, lambda: progress(state.counts.model_calls), lambda: None)
         return step + 1, w, since, state
 
     start = (jnp.int32(0), writing, me, run.state)

@@ -162,7 +162,7 @@ class Interpreter:
             out = body.walk(s.body, [*[body.enter(c) for c in consts], *carry, *slices])
             return out[: s.num_carry], out[s.num_carry :]
 
-        carry_out, ys = self.loop(s.length, step, carry, reverse=s.reverse)
+        carry_out, ys = self.loop(s.body, s.length, step, carry, reverse=s.reverse)
         return [*carry_out, *ys]
 
     def while_loop(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
@@ -187,7 +187,7 @@ class Interpreter:
             again = body.walk(p["cond_jaxpr"], [*[body.enter(c) for c in cond_consts], *new])[0]
             return [*new, body.frame.put(now & body.frame.get(again))], []
 
-        *carry, going = self.loop(bound, step, [*init, going])[0]
+        *carry, going = self.loop(p["body_jaxpr"], bound, step, [*init, going])[0]
         if not truncate:
             number = next(self.staged.sites[e.params["name"]].number for e in all_eqns(p["body_jaxpr"])
                           if is_site(e) and e.params.get("name") in self.staged.sites)  # fmt: skip
@@ -200,16 +200,24 @@ class Interpreter:
         return Cell(cell.value, 0)
 
     def loop(
-        self, length: int, step: Callable[..., tuple[list[Cell], list[Cell]]], carry: list[Cell], *, reverse: bool = False
+        self,
+        body: Any,
+        length: int,
+        step: Callable[..., tuple[list[Cell], list[Cell]]],
+        carry: list[Cell],
+        *,
+        reverse: bool = False,
     ) -> tuple[list[Cell], list[Cell]]:
-        """Walk a loop body `length` times, carrying the state. Values that cross the loop follow its genealogy once, after it.
+        """Walk a loop's `body` a fixed number of times, carrying the state. Values that cross the loop follow its genealogy
+        once, after it.
 
-        `step(body, carry, i)` walks one step with the body's interpreter and returns the carry and the outputs.
+        `step(self, carry, i)` walks one step and returns the carry and the outputs.
         """
+        within = set(sites_inside(body))
         outer = [*carry, self.active, *self.given.values(), *[c for cells in self.prompts.values() for c in cells]]
         for cell in outer:
             self.frame.get(cell)  # bring everything the body may see to the loop's start
-        saved, records = (self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records), {}
+        saved = (self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records)
         me = index() if self.policy is not None else jnp.int32(0)
 
         def one(looping: Any, i: Array) -> tuple[Any, Any]:
@@ -219,10 +227,11 @@ class Interpreter:
             self.active, self.nested, self.path, self.records = self.enter(saved[1]), True, (*saved[4], i), {}
             at = length - 1 - i if reverse else i
             inside = lambda c: jax.tree.map(lambda x: x[at], c.value)
-            self.given = {k: Cell(inside(c), 0) for k, c in saved[2].items()} if saved[2] else {}
+            self.given = {k: Cell(inside(c), 0) for k, c in saved[2].items() if k in within}
             self.prompts = {m: [self.enter(c) for c in cells] for m, cells in saved[3].items()}
-            out, ys = step(self, [self.frame.put(v) for v in values], i)
-            out, ys = [jnp.asarray(self.frame.get(c)) for c in out], [self.frame.get(c) for c in ys]
+            carried, collected = step(self, [self.frame.put(v) for v in values], i)
+            out = [jnp.asarray(self.frame.get(c)).astype(v.dtype) for c, v in zip(carried, values)]
+            ys = [self.frame.get(c) for c in collected]
             found = {k: (self.frame.get(v), self.frame.get(a)) for k, (v, a) in self.records.items()}
             step_map = since_next = since
             if self.policy is not None:
@@ -230,7 +239,6 @@ class Interpreter:
                 for ancestor in self.frame.lineage[start:]:
                     step_map = reindex(step_map, ancestor)
                 since_next = reindex(since, step_map)
-            out = [o.astype(v.dtype) for o, v in zip(out, values)]
             return (out, since_next, self.state), (ys, found, step_map)
 
         initial = ([jnp.asarray(c.value) for c in carry], me, self.state)

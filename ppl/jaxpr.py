@@ -93,8 +93,7 @@ def structural_key(closed: Any, hoisted: Mapping[int, int] | None = None) -> tup
 
     def number(v: Any) -> Any:
         if isinstance(v, Literal):
-            value = np.asarray(v.val) if not jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.extended) else v.val
-            return ("literal", *aval_key(v.aval), value.tobytes() if isinstance(value, np.ndarray) else value)
+            return ("literal", *aval_key(v.aval), np.asarray(v.val).tobytes())
         return numbers.setdefault(v, len(numbers))
 
     jaxpr = body_of(closed)

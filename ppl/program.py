@@ -17,6 +17,7 @@ from .sites import (
     NAMED_SITES,
     VALUE_SITES,
     bound_p,
+    flatten,
     generate_p,
     plate_p,
     prompt_p,
@@ -161,7 +162,7 @@ def stage(prog: Program, args: tuple[Any, ...]) -> Staged:
     A function that needs concrete arrays (for shapes, say) is staged with them as constants, which are hoisted.
     """
     is_model = lambda x: isinstance(x, LanguageModel) or callable(x)
-    leaves, tree = jax.tree.flatten(args, is_leaf=is_model)
+    leaves, tree = flatten(args, is_model)
     arrays = [leaf for leaf in leaves if not _is_static(leaf)]
 
     def run(*traced: Any) -> Any:

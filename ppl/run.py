@@ -19,7 +19,7 @@ from .errors import (
 )
 from .interpreter import Interpreter, first_state
 from .program import Program, Site, Staged, as_program, check_given, stage, value_sites
-from .sites import generate_p, sample_p
+from .sites import flatten, generate_p, sample_p
 from .state import Counts, Faults, Policy
 from .text import Text
 
@@ -93,7 +93,7 @@ def execute(staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: 
 
 
 def _runner(staged: Staged, settings: Settings) -> Any:
-    trees = [jax.tree.structure(lm) for lm in staged.models]
+    trees = [flatten(lm)[1] for lm in staged.models]
     ids = list(staged.consts)
     staged = staged._replace_arrays()
 
@@ -191,7 +191,8 @@ def label_values(staged: Staged, values: Mapping[str, Any]) -> dict[str, Any]:
     for site in value_sites(staged):
         if site.name in values:
             value = values[site.name]
-            labelled[site.name] = Text(*value, lm=staged.models[site.model or 0]) if site.kind == generate_p.name else value
+            text = site.kind == generate_p.name
+            labelled[site.name] = Text(*value, staged.models[site.model or 0]) if text else value  # type: ignore[call-arg]
     return labelled
 
 

@@ -142,17 +142,22 @@ VALUE_SITES = (sample_p, generate_p, deterministic_p)
 """Sites whose values a trace records."""
 
 
+def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """Leaves and tree of a pytree."""
+    return jax.tree.flatten(value, is_leaf=is_leaf)
+
+
 def hoist(fn: Callable[..., Any], *args: Any, what: str | None = None) -> tuple[Any, list[Any], Any]:
     """Stage `fn` for arguments like `args`; what it closes over, traced values included, becomes leading operands.
 
     Returns the jaxpr (constants first among its inputs), the operands, and the tree of its result. `what` names a
     function that must not hold sites.
     """
-    flat, tree = jax.tree.flatten(args)
-    first, shape = jax.make_jaxpr(lambda *leaves: fn(*tree.unflatten(leaves)), return_shape=True)(*flat)
+    flat, tree = flatten(args)
+    first, shape = jax.make_jaxpr(lambda *leaves: fn(*tree.unflatten(leaves)), return_shape=True)(*flat)  # type: ignore[call-overload]
     consts = list(first.consts)
     # a second trace turns the captured values into arguments, whatever this JAX version calls them
-    open_jaxpr = getattr(first, "jaxpr", first)
+    open_jaxpr: Any = getattr(first, "jaxpr", first)
     closed = jax.make_jaxpr(lambda captured, leaves: jax.core.eval_jaxpr(open_jaxpr, captured, *leaves))(consts, flat)
     if what is not None and any(is_site(e) for e in all_eqns(closed)):
         raise SiteError(f"{what} holds a site: it must be a function of its arguments and of earlier values alone")
@@ -179,7 +184,7 @@ def sample(name: str, dist: Any) -> Array:
 def bind_sample(name: str, dist: Any, scale: Any) -> Array:
     full = site_name(name)
     _check_distribution(full, dist)
-    leaves, tree = jax.tree.flatten(dist)
+    leaves, tree = flatten(dist)
     try:
         out = jax.eval_shape(lambda leaves, key: tree.unflatten(leaves).sample(key), leaves, jax.random.key(0))
     except NotImplementedError as error:
@@ -216,7 +221,7 @@ def observe(name: str, dist: Any, value: Any) -> None:
 def bind_observe(name: str, dist: Any, value: Any, scale: Any) -> None:
     full = site_name(name)
     _check_distribution(full, dist)
-    leaves, tree = jax.tree.flatten(dist)
+    leaves, tree = flatten(dist)
     operands = [*leaves, jnp.asarray(value)]
     if scale is not None:
         operands.append(jnp.asarray(scale, jnp.float32))
@@ -290,7 +295,7 @@ def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = No
         if len(axes) != len(args) or any(a not in (0, None) for a in axes):
             raise SiteError(f"ppl.vmap: in_axes must be 0 or None for each of {len(args)} arguments, found {in_axes!r}")
         sizes = {jnp.shape(x)[0] for a, arg in zip(axes, args) if a == 0 for x in jax.tree.leaves(arg)}
-        sizes |= {axis_size} - {None}
+        sizes |= set() if axis_size is None else {axis_size}
         if len(sizes) != 1:
             raise SiteError(f"ppl.vmap: the mapped axes must have one size, found {sorted(sizes) or 'none; give axis_size'}")
         (n,) = sizes

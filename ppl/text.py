@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Text:
 
         Tokens are spelled exactly, so that texts which follow each other may be joined; EOS is left out.
         """
-        letters = spellings(self.lm)
+        letters = spellings(cast(Any, self.lm))
         spell = lambda ids: b"".join(letters[i] for i in ids if i != self.lm.eos_id).decode(errors="replace")
         return self._map(np.asarray(self.tokens), np.asarray(self.length), spell)
 
@@ -211,7 +211,7 @@ def generate(
         proposal=proposal_jaxpr,
         twist=twist_jaxpr,
     )
-    return Text(*out[:4], lm=lm), Context(out[4], lm)
+    return Text(*out[:4], lm), Context(out[4], lm)  # type: ignore[call-arg]
 
 
 def _allowed(name: str, lm: LanguageModel, constraint: Any) -> AllowedTokens:
@@ -225,7 +225,7 @@ def _allowed(name: str, lm: LanguageModel, constraint: Any) -> AllowedTokens:
 
 
 def _stage_twist(name: str, lm: LanguageModel, max_tokens: int, twist: Callable[[Text], Any]) -> tuple[Any, list[Any]]:
-    s = jax.ShapeDtypeStruct
+    s: Any = jax.ShapeDtypeStruct
     text = Text(s((max_tokens,), jnp.int32), s((), jnp.int32), s((), jnp.bool_), s((max_tokens,), jnp.float32), lm)
 
     def log_psi(text: Text) -> Array:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from .errors import SiteError
-from .language_model import LanguageModel
 
 
-def stop_table(lm: LanguageModel, until: Any, name: str) -> np.ndarray | None:
+def stop_table(lm: Any, until: Any, name: str) -> np.ndarray | None:
     """int32[Q, V]: the next state of each state and token; state 0 is the start, state Q means that the text is over.
 
     `until` is a string, several strings, a token id, several token ids, or None.
@@ -33,7 +32,7 @@ def stop_table(lm: LanguageModel, until: Any, name: str) -> np.ndarray | None:
 
 
 @lru_cache(maxsize=64)
-def _table_of_strings(lm: LanguageModel, strings: tuple[str, ...]) -> np.ndarray:
+def _table_of_strings(lm: Any, strings: tuple[str, ...]) -> np.ndarray:
     transitions = aho_corasick([s.encode() for s in strings])
     over = len(transitions)  # one state more than the automaton has: a stop string was completed
     padded = np.vstack([transitions, np.full((1, 256), over, np.int32)])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from latentrace import models
 
 LETTERS = "abcdefgh"
@@ -52,9 +53,7 @@ class Path:
         """Multiply the density: a factor by exp(log weight), a condition by whether it holds."""
         self.density *= float(weight)
 
-    def text(
-        self, lm: Any, context: tuple[int, ...], max_tokens: int, stop: Any = None, *, support: Any = None
-    ) -> tuple[int, ...]:
+    def text(self, lm: Any, context: tuple, max_tokens: int, stop: Any = None, support: Any = None) -> tuple[int, ...]:
         """A text after `context`. `stop(tokens)` says that `until` is met, `support(probs)` which tokens are proposed."""
         text: tuple[int, ...] = ()
         while len(text) < max_tokens:

@@ -13,7 +13,8 @@ def systematic(weights: Array, offset: Array) -> Array:
     weight 0 has none, whatever rounding does to the cumulative sum.
     """
     n = weights.shape[0]
-    cumulative = jnp.cumsum(weights)
+    # float32 prefix sums need not be monotone, and may rise at a weight of 0: only positive weights may move them up
+    cumulative = jax.lax.cummax(jnp.where(weights > 0, jnp.cumsum(weights), 0.0))
     points = (jnp.arange(n) + offset) / n * cumulative[-1]
     ancestors = jnp.searchsorted(cumulative, points, side="right")
     last_alive = n - 1 - jnp.argmax(weights[::-1] > 0)

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
 from latentrace.ppl import collectives
 from latentrace.ppl.choices import Choices
 from latentrace.ppl.errors import SiteError, near_misses

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+
 from latentrace import inference, models, ppl
 from latentrace.models.reasoner import game24
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+
 from latentrace import ppl
 from latentrace.models.reasoner import game24, verifier
 

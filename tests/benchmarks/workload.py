@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
 from latentrace import inference, models, ppl
 from latentrace.models import Transformer, TransformerConfig, TransformerLM
 

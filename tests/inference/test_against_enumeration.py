@@ -4,6 +4,7 @@ Sampled estimates are compared with t statistics over independent runs, so that 
 the evidence times a probability are unbiased, and |t| with 15 degrees of freedom passes 6 once in 40,000 times.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ import numpy as np
 import numpyro.distributions as dist
 import programs
 import pytest
+from programs import padded
+
 from latentrace import inference, ppl
 from latentrace.inference import driver
 from latentrace.ppl.program import stage
-from programs import padded
 
 M3 = programs.markov(3, seed=1)
 M2 = programs.markov(2, seed=2)
@@ -449,30 +451,29 @@ def score_twin(path):
 
 def two_models():
     a, _ = ppl.generate("a", ppl.prompt(M2), max_tokens=2)
-    judge = ppl.score("judged", ppl.prompt(H3, [1]), a.tokens)
-    b, _ = ppl.generate("b", judge, max_tokens=2)
-    back = ppl.extend(ppl.prompt(M2), b)
-    c, _ = ppl.generate("c", back, max_tokens=1)
+    judge = ppl.score("judged", ppl.prompt(H3, [1]), a)
+    b, _ = ppl.generate("b", judge, max_tokens=1)
+    ppl.condition("goes on", b.tokens[0] != EOS)
+    c, _ = ppl.generate("c", ppl.extend(ppl.prompt(M3), b), max_tokens=1)
     ppl.factor("reward", J[c.tokens[0]])
     return a.tokens, b.tokens, c.tokens
 
 
 def models_twin(path):
-    a = padded(path.text(M2, (), 2), 2)
-    context = (1,)
+    a = path.text(M2, (), 2)
     for i, token in enumerate(a):
-        path.weigh(programs.next_probs(H3, context)[token] * (i == 1 or token != EOS))  # nothing follows EOS
-        context += (token,)
-    b = () if a[-1] == EOS else path.text(H3, context, 2)
-    b_for_m2 = tuple(min(t, 1) for t in b)  # M2 reads a token that it does not have as its last one
-    c = () if b[-1:] == (EOS,) else path.text(M2, b_for_m2, 1)
-    path.weigh(np.exp(R[padded(c, 1)[0]]))
-    return *a, *padded(b, 2), *padded(c, 1)
+        path.weigh(programs.next_probs(H3, (1, *a[:i]))[token])
+    b = () if a[-1] == EOS else path.text(H3, (1, *a), 1)
+    path.weigh(padded(b, 1) != (EOS,))
+    c = padded(path.text(M3, b, 1), 1)
+    path.weigh(np.exp(R[c[0]]))
+    return *padded(a, 2), *padded(b, 1), *c
 
 
 case(forks_of_two_prompts_chosen_by_data, forks_twin)
 case(list_of_contexts_in_a_scan, list_twin)
 case(score_extend_and_tokens, score_twin)
+case(two_models, models_twin)
 
 
 # --- proposals, constraints, twists and stops -------------------------------------------------------------------------
@@ -480,7 +481,7 @@ case(score_extend_and_tokens, score_twin)
 
 def twist_inside_a_text():
     k = ppl.sample("k", dist.Bernoulli(0.6))
-    text, context = ppl.generate("x", ppl.prompt(H3), max_tokens=3, twist=lambda t: (0.7 - 1.5 * k) * (t.tokens == 1).sum())
+    text, _ = ppl.generate("x", ppl.prompt(H3), max_tokens=3, twist=lambda t: (0.7 - 1.5 * k) * (t.tokens == 1).sum())
     ppl.factor("reward", jnp.where(text.ended, 1.2, -0.4) * k)
     ppl.condition("some", (text.tokens == 1).sum() != 2)
     return k, text.tokens
@@ -541,7 +542,7 @@ def automaton_twin(path):
     context, out = (), []
     for _ in range(2):
         text = () if context[-1:] == (EOS,) else path.text(M3, context, 2, lambda t: t[-1] == 2)
-        path.weigh(all(x != y for x, y in zip(text, text[1:])))
+        path.weigh(all(x != y for x, y in pairwise(text)))
         context += text
         out += padded(text, 2)
     path.weigh(np.exp(R[out].sum()))
@@ -650,7 +651,7 @@ def test_exact_is_the_plain_python_program(problem):
 def check_sampler(problem, algorithm):
     found, target = problem
     evidence = sum(target.values())
-    likely = sorted(target, key=target.get)[-5:]
+    likely = [r for r in sorted(target, key=target.get)[-5:] if target[r] > 0.02 * evidence]  # met in every run
     moment = np.mean([np.asarray(r, float) for r in target], axis=0) + 0.5  # an uneven direction
     truth = [1.0, *(target[r] / evidence for r in likely), sum(p / evidence * np.dot(moment, r) for r, p in target.items())]
     estimates, sizes = [], []
@@ -676,13 +677,14 @@ def test_smc_that_always_resamples(problem):
     check_sampler(problem, inference.SMC(PARTICLES, ess_threshold=1.1))
 
 
-@pytest.mark.usefixtures("staged_once")
-def test_importance_sampling(problem):
-    check_sampler(problem, inference.ImportanceSampling(PARTICLES))
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("staged_once")
 @pytest.mark.parametrize("granularity", ["token", "site"])
 def test_smc_that_resamples_when_due(problem, granularity):
     check_sampler(problem, inference.SMC(PARTICLES, ess_threshold=0.5, granularity=granularity))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("staged_once")
+def test_importance_sampling(problem):
+    check_sampler(problem, inference.ImportanceSampling(PARTICLES))

@@ -13,6 +13,7 @@ import numpy as np
 import numpyro.distributions as dist
 import programs
 import pytest
+
 from latentrace import inference, ppl
 from latentrace.inference.smc.smc import ResampleBelow
 from latentrace.ppl.collectives import PARTICLES, index

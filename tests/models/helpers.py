@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from latentrace import models
 from latentrace.ppl.language_model import Block, Memory, empty_memory
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from latentrace import models
 from latentrace.ppl.language_model import Block, LanguageModel, Memory, empty_memory
 

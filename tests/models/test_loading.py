@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from safetensors.numpy import load_file, save_file
+
 from latentrace import models
 from latentrace.models.transformer import _logits
-from safetensors.numpy import load_file, save_file
 
 from .helpers import markov, transformer
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from latentrace import models
 from latentrace.models.reasoner import data, evaluate, tokenizer, train
 from latentrace.models.reasoner.game24 import format_prompt, verify

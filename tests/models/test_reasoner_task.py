@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from latentrace.models.reasoner import data, tokenizer, verifier
 from latentrace.models.reasoner.game24 import (
     Step,

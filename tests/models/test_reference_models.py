@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from latentrace import models
 from latentrace.ppl.language_model import Block, Memory
 
