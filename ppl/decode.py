@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from .arena import Row, add_row, append, claim, read_row
 from .collectives import anybody, index, reindex
-from .state import Policy, pay, steer
+from .lineage import Policy, resample
+from .state import note_overflow, pay, steer
 from .text import Text
 
 if TYPE_CHECKING:
@@ -31,11 +32,6 @@ class Options(NamedTuple):
         """The same, as particle number `ancestor` has it."""
         moved = reindex((self.table, self.constraint, self.proposal_operands, self.twist_operands), ancestor)
         return Options(moved[0], moved[1], self.proposal, moved[2], self.twist, moved[3])
-
-    @property
-    def weighted(self) -> bool:
-        """Whether weights can move inside the text."""
-        return self.constraint is not None or self.proposal is not None or self.twist is not None
 
     def stops(self, state: Array, token: Array) -> tuple[Array, Array]:
         """The stop automaton's next state, and whether it says that the text is over."""
@@ -85,17 +81,22 @@ class Writing(NamedTuple):
     constraint_state: Any
 
 
+def weighted(params: dict[str, Any]) -> bool:
+    """Whether weights can move inside the text of a `generate` equation with these parameters."""
+    constrained = params["constraint"] != jax.tree.structure(None)
+    return constrained or params["proposal"] is not None or params["twist"] is not None
+
+
 def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, name: str, model: int, max_tokens: int,
            counts: Any, constraint: Any, proposal: Any, twist: Any) -> list[Any]:  # fmt: skip
     """Draw a text token by token. Returns tokens, length, ended, log_probs and the handle of the context after it."""
-    from .interpreter import resample
-
     lm, site, number = run.models[model], run.site(name), run.staged.sites[name].number
     options = read_options(operands, counts, constraint, proposal, twist)
     active, prompts = run.is_active(), run.read_prompts(model)
     row = read_row(run.state.arenas[model], handle)
     policy, progress = run.policy, run.progress
-    inside = policy is not None and policy.inside_texts and options.weighted
+    moves = weighted({"constraint": constraint, "proposal": proposal, "twist": twist})
+    inside = policy is not None and policy.inside_texts and moves
     me = index() if inside else jnp.int32(0)
     idle = row.finished | ~jnp.asarray(active)
     writing = Writing(
@@ -115,6 +116,9 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
 
     def one_token(loop: Any) -> Any:
         step, w, since, state = loop
+        if inside:
+            state, w, ancestor = resample(cast(Policy, policy), state, w)
+            since = reindex(since, ancestor)
         here = options.follow(since) if inside else options
         known = reindex(prompts, since) if inside else prompts
         arena, live = state.arenas[model], ~w.done
@@ -140,22 +144,18 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
             constraint_state=constraint_state,
         )
         arenas = (*state.arenas[:model], arena, *state.arenas[model + 1 :])
-        overflow = live & (row.position > lm.max_length)
         counts = state.counts._replace(generated=state.counts.generated + live, model_calls=state.counts.model_calls + 1)
         faults = state.faults._replace(
-            overflow=jnp.where(overflow, number, state.faults.overflow),
             restricted=state.faults.restricted | (live & restricted),
         )
         state = state._replace(arenas=arenas, choices=choices, counts=counts, faults=faults)
-        if options.weighted:
+        state = note_overflow(state, number, live & (row.position > lm.max_length))
+        if moves:
             state = pay(state, number, log_p - log_q, live)._replace(clock=state.clock + 1)
             if options.twist is not None:
                 log_psi = here.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))
                 counts = state.counts._replace(potentials=state.counts.potentials + live)
                 state = steer(state, name, number, log_psi, live)._replace(counts=counts)
-            if inside:
-                state, w, ancestor = resample(cast(Policy, policy), state, w)
-                since = reindex(since, ancestor)
         if progress is not None:
             jax.lax.cond(step % 16 == 15, lambda: progress(state.counts.model_calls), lambda: None)
         return step + 1, w, since, state
@@ -167,8 +167,8 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
     if inside:
         run.frame.lineage.append(since)
     outputs = [run.frame.put(x) for x in (w.tokens, w.length, w.ended, w.log_probs, handle)]
-    if options.weighted and not inside:
-        run.rebalance()
+    if moves:
+        run.weights_moved()
     run.record(name, [run.frame.get(c) for c in outputs[:4]], blank=[lm.eos_id, 0, True, 0])
     return [run.frame.get(c) for c in outputs]
 
@@ -223,9 +223,8 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
     arena, handle = add_row(arena, row._replace(finished=ends))
     run.state = run.state._replace(arenas=(*run.state.arenas[:model], arena, *run.state.arenas[model + 1 :]))
     run.count(model_calls=1, scored=count)
-    from .rules import check_overflow
-
-    check_overflow(run, name, row.position, count > 0)
+    over = (count > 0) & (row.position + 1 > lm.max_length)
+    run.state = note_overflow(run.state, run.staged.sites[name].number, over)
     out = [run.frame.put(x) for x in (given, length, done, log_probs, handle)]
     log_weight = jnp.where(valid.all(), log_probs.sum(), -jnp.inf)
     run.add_weight(name, jnp.where(canonical, jnp.where(active, log_weight, 0.0), -jnp.inf), always=True)

@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import sites
+from . import decode, rules, sites
 from .arena import Prompt, new_arena, with_level
 from .choices import SiteRef
 from .collectives import PARTICLES, index, reindex
 from .errors import TransformationError
 from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, scan_of
-from .program import Staged, holds_sites, loop_bound, need, walks_into
-from .state import Cell, Frame, Policy, State, no_counts, no_faults, pay, steer, total_twist
+from .lineage import Cell, Frame, Policy, follow_back, resample
+from .program import Staged, loop_bound, need, walks_into
+from .state import State, no_counts, no_faults, pay, steer
 
 Array = jax.Array
 
@@ -39,6 +40,7 @@ class Interpreter:
         self.staged, self.consts, self.models, self.state = staged, consts, models, state
         self.policy, self.progress = policy, progress
         self.frame = Frame()
+        self.moved = False  # whether weights have moved since the population could last resample
         self.axes: tuple[str, ...] = (PARTICLES,)
         self.path: tuple[Array, ...] = ()
         self.nested = False  # inside a loop or plate: prompts go to the particle's own slots
@@ -53,21 +55,33 @@ class Interpreter:
         return self.frame.get(self.active)
 
     def add_weight(self, name: str, log_weight: Array, *, always: bool = False) -> None:
-        """Move this particle's log-weight where it is active (or `always`); then the population may resample."""
+        """Move this particle's log-weight where it is active (or `always`)."""
         active = True if always else self.is_active()
         self.state = pay(self.state, self.staged.sites[name].number, log_weight, active)
-        self.rebalance()
+        self.weights_moved()
 
     def set_twist(self, name: str, log_psi: Array) -> None:
         self.state = steer(self.state, name, self.staged.sites[name].number, log_psi, self.is_active())
-        self.rebalance()
+        self.weights_moved()
 
-    def rebalance(self) -> None:
-        """The clock ticks; the population may resample, which every value in this frame will follow when read."""
+    def weights_moved(self) -> None:
+        """The clock ticks, and the population may resample before the next draw: after the last one it never does."""
         self.state = self.state._replace(clock=self.state.clock + 1)
-        if self.policy is not None:
+        self.moved = True
+
+    def before_draw(self) -> None:
+        """Let the population resample if weights have moved; every value of this frame follows when it is read."""
+        if self.policy is not None and self.moved:
             self.state, _, ancestor = resample(self.policy, self.state, ())
             self.frame.lineage.append(ancestor)
+            self.moved = False
+
+    def draws(self, eqn: Any) -> bool:
+        """Whether an equation draws something, and leaves it to us to let the population resample first."""
+        if eqn.primitive not in (sites.sample_p, sites.generate_p, sites.plate_p) or eqn.params["name"] in self.given:
+            return False
+        inside = self.policy is not None and self.policy.inside_texts
+        return not (inside and eqn.primitive is sites.generate_p and decode.weighted(eqn.params))
 
     def count(self, **more: Any) -> None:
         counts = self.state.counts
@@ -114,9 +128,9 @@ class Interpreter:
         return [cell(a) for a in jaxpr.outvars]
 
     def equation(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
-        from . import rules
-
         name = eqn.primitive.name
+        if self.draws(eqn):
+            self.before_draw()
         if is_site(eqn) and eqn.primitive is not sites.plate_p:
             values = rules.RULES[eqn.primitive](self, *[self.frame.get(c) for c in inputs], **eqn.params)
         elif eqn.primitive is sites.plate_p:
@@ -222,6 +236,7 @@ class Interpreter:
 
         def one(looping: Any, i: Array) -> tuple[Any, Any]:
             values, since, self.state = looping
+            self.moved = True  # by the step before, or before the loop
             self.frame = Frame([since] if self.policy is not None else [])
             start = len(self.frame.lineage)
             self.active, self.nested, self.path, self.records = self.enter(saved[1]), True, (*saved[4], i), {}
@@ -243,6 +258,7 @@ class Interpreter:
 
         initial = ([jnp.asarray(c.value) for c in carry], me, self.state)
         (values, whole, self.state), (ys, records, maps) = jax.lax.scan(one, initial, jnp.arange(length, dtype=jnp.int32))
+        self.moved = True
         state = self.state
         self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records = saved
         self.state = state
@@ -264,7 +280,7 @@ class Interpreter:
             self.records[name] = self.frame.put(value), self.frame.put(active)
 
     def plate(self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str) -> list[Any]:
-        """Walk the body for each element under a `vmap` of its own; their weights add up, then the population may resample."""
+        """Walk the body for each element under a `vmap` of its own; their weights add up."""
         values = [self.frame.get(c) for c in inputs]
         axis, outer, wants = f"plate{len(self.axes)}", self.state, need(jaxpr, nested=True)
         inside = set(sites_inside(jaxpr))
@@ -309,7 +325,7 @@ class Interpreter:
         # deaths inside are already noted there; the sum itself belongs to no one site
         self.state = self.state._replace(log_weight=outer.log_weight + jnp.where(active, log_weight.sum(), 0.0))
         cells = [self.frame.put(o) for o in out]
-        self.rebalance()
+        self.weights_moved()
         return [self.frame.get(c) for c in cells]
 
 
@@ -328,35 +344,9 @@ def after_plate(choices: Any, size: int, jaxpr: Any) -> Any:
     return choices if leave is None else leave(size, jaxpr)
 
 
-def follow_back(rows: Any, maps: Array, me: Array) -> Any:
-    """Row t of a loop's outputs, moved by every ancestor map applied after step t."""
-
-    def back(later: Array, row: Any) -> tuple[Array, Any]:
-        values, ancestor = row
-        return reindex(ancestor, later), reindex(values, later)
-
-    return jax.lax.scan(back, me, (rows, maps), reverse=True)[1]
-
-
-def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Array]:
-    """Let the population resample. Caches and `extra` move only when it does; returns this particle's ancestor."""
-    twist = total_twist(state)
-    due, ancestor, total, choices = policy(state.choices, state.clock, state.log_weight + twist)
-    move = lambda moved: reindex(moved, ancestor)
-    arenas, extra = jax.lax.cond(due, move, lambda moved: moved, (state.arenas, extra))
-    log_twists = reindex(state.log_twists, ancestor)
-    root = reindex(state.root, ancestor)
-    moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists, root=root)
-    log_weight = jnp.where(due, total - total_twist(moved), state.log_weight)
-    return moved._replace(log_weight=log_weight), extra, ancestor
-
-
 def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
     """The state before the first site."""
     wants = need(staged.jaxpr)
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
     return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), jnp.int32(0), index())
-
-
-__all__ = ["Interpreter", "first_state", "holds_sites", "resample"]

@@ -11,6 +11,7 @@ from . import sites
 from .arena import add_row, append, last_tokens, prefill, read_row, start_row
 from .choices import Spec
 from .decode import decode, replay
+from .state import note_overflow
 from .text import PAD
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, 
     logits, arena, after = append(lm, arena, row, run.read_prompts(model), clean, count)
     here = jnp.arange(tokens.shape[0]) < given
     ends = (clean == lm.eos_id) & here
-    check_overflow(run, scored or "extend()", after.position, count > 0)
+    over = (count > 0) & (after.position + 1 > lm.max_length)
+    run.state = note_overflow(run.state, run.staged.sites[scored or "extend()"].number, over)
     # observed text may end the context; given text goes on after one that had ended
     finished = jnp.where(given > 0, clean[jnp.maximum(given - 1, 0)] == lm.eos_id if scored else False, row.finished)
     arena, new_handle = add_row(arena, after._replace(finished=finished))
@@ -143,14 +145,6 @@ def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, 
         run.add_weight(scored, total)
         return run.frame.get(cell)
     return new_handle
-
-
-def check_overflow(run: "Interpreter", name: str, position: Array, uses: Array) -> None:
-    """Note a context that has grown past what its model can hold."""
-    site = run.staged.sites[name]
-    s = run.state
-    over = uses & (position + 1 > run.models[site.model or 0].max_length)
-    run.state = s._replace(faults=s.faults._replace(overflow=jnp.where(over, site.number, s.faults.overflow)))
 
 
 def tokens(run: "Interpreter", handle: Array, *, last: int, model: int, name: str) -> list[Any]:

@@ -18,9 +18,10 @@ from .errors import (
     SiteError,
 )
 from .interpreter import Interpreter, first_state
+from .lineage import Policy
 from .program import Program, Site, Staged, as_program, check_given, stage, value_sites
 from .sites import flatten, generate_p, sample_p
-from .state import Counts, Faults, Policy
+from .state import Counts, Faults
 from .text import Text
 
 Array = jax.Array
@@ -139,6 +140,10 @@ def _given_array(site: Site, staged: Staged, value: Any) -> Array:
         ids = lm.encode(ids) if isinstance(ids, str) else list(ids)
         if len(ids) > site.max_tokens:
             raise SiteError(f"site {site.name!r}: given {len(ids)} tokens, more than its max_tokens of {site.max_tokens}")
+        if outside := [int(i) for i in ids if not 0 <= i < lm.vocab_size]:
+            raise SiteError(
+                f"site {site.name!r}: given token id {outside[0]}, which is outside the vocabulary of {lm.vocab_size} tokens"
+            )
         return np.asarray([*ids, *[lm.eos_id] * (site.max_tokens - len(ids))], np.int32)
 
     def nested(value: Any, dims: tuple[int, ...]) -> np.ndarray:

@@ -1,14 +1,12 @@
-"""What a particle carries from site to site, and how values follow it through resamplings."""
+"""What a particle carries from site to site, and how its weight moves."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .arena import Arena
 from .choices import Choices
-from .collectives import reindex
 
 Array = jax.Array
 
@@ -88,41 +86,7 @@ def steer(state: State, name: str, site: int, log_psi: Array, active: Any) -> St
     return state._replace(log_twists={**state.log_twists, name: twist}, faults=faults)
 
 
-class Policy(Protocol):
-    """When and how a population resamples. Called by every particle after its weight has moved."""
-
-    inside_texts: bool
-    """whether to resample between the tokens of a text too"""
-
-    def __call__(self, choices: Choices, clock: Array, log_weight: Array) -> tuple[Array, Array, Array, Choices]:
-        """Given this particle's log-weight, twists included: whether to resample (bool[], shared), this particle's
-        ancestor (int32[], itself where not), its new log-weight, and the choices."""
-        ...
-
-
-class Cell:
-    """A value and when it was written, in resamplings of its frame."""
-
-    __slots__ = ("time", "value")
-
-    def __init__(self, value: Any, time: int):
-        self.value, self.time = value, time
-
-
-class Frame:
-    """One loop body's view of the genealogy: `lineage` lists the ancestor maps applied since it began.
-
-    A value is moved when it is read, by the maps applied since it was written: what nobody reads never moves.
-    """
-
-    def __init__(self, lineage: Sequence[Array] = ()):
-        self.lineage = list(lineage)
-
-    def put(self, value: Any) -> Cell:
-        return Cell(value, len(self.lineage))
-
-    def get(self, cell: Cell) -> Any:
-        for ancestor in self.lineage[cell.time :]:
-            cell.value = reindex(cell.value, ancestor)
-        cell.time = len(self.lineage)
-        return cell.value
+def note_overflow(state: State, site: int, over: Array) -> State:
+    """Note a context that has grown past what its model can hold."""
+    faults = state.faults._replace(overflow=jnp.where(over, site, state.faults.overflow))
+    return state._replace(faults=faults)
