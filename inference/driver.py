@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from latentrace.ppl.program import Staged, as_program, check_given, stage
 from latentrace.ppl.run import Output, Settings, check_faults, execute, label_values
@@ -15,25 +16,26 @@ from .posterior import Ledger, Posterior
 
 
 class Progress:
-    """A bar that appears when a run takes longer than a few seconds; fed by callbacks from the compiled program."""
+    """A bar that appears when a run, compilation left out, takes longer than a few seconds; fed by the compiled program."""
 
     def __init__(self, delay: float = 3.0):
-        self.delay, self.start = delay, 0.0
+        self.delay = delay
+        self.start: float | None = None
         self.bar: Any = None
 
     def __call__(self, count: Any) -> None:
         """Called from inside the run with the number of model calls so far."""
+        if self.start is None:
+            self.start = time.monotonic()
         if time.monotonic() - self.start < self.delay:
             return
         if self.bar is None:
-            from tqdm.auto import tqdm
-
             self.bar = tqdm(desc="generating", unit=" model calls", file=sys.stderr, leave=False)
         self.bar.n = max(self.bar.n, int(count))
         self.bar.refresh()
 
     def __enter__(self) -> "Progress":
-        self.start = time.monotonic()
+        self.start = None
         return self
 
     def __exit__(self, *_: Any) -> None:

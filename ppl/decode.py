@@ -149,7 +149,7 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
             restricted=state.faults.restricted | (live & restricted),
         )
         state = state._replace(arenas=arenas, choices=choices, counts=counts, faults=faults)
-        state = note_overflow(state, number, live & (row.position > lm.max_length))
+        state = note_overflow(state, number, live & (row.position + 1 > lm.max_length))
         if moves:
             state = pay(state, number, log_p - log_q, live)._replace(clock=state.clock + 1)
             if options.twist is not None:

@@ -18,7 +18,7 @@ from .errors import TransformationError
 from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, scan_of
 from .lineage import Cell, Frame, Policy, follow_back, resample
 from .program import Staged, loop_bound, need, walks_into
-from .state import State, no_counts, no_faults, pay, steer
+from .state import Faults, State, no_counts, no_faults, pay, steer
 
 Array = jax.Array
 
@@ -315,8 +315,7 @@ class Interpreter:
         self.state = outer._replace(
             choices=after_plate(outer.choices, size, jaxpr),
             log_twists={**outer.log_twists, **twists},
-            faults=jax.tree.map(lambda new, old: jnp.maximum(new.max(), old) if old.dtype != bool else new.any() | old,
-                                faults, outer.faults),
+            faults=merge_faults(faults, outer),
             counts=jax.tree.map(lambda new, old: old + new.sum(), counts, outer.counts)._replace(
                 model_calls=outer.counts.model_calls + counts.model_calls.max()),
             clock=clock.max(),
@@ -337,6 +336,13 @@ def element_choices(choices: Any, i: Array, jaxpr: Any) -> Any:
     """The choices of a plate's element; enumerated ones reserve a stretch of digits for each."""
     enter = getattr(choices, "enter_element", None)
     return choices if enter is None else enter(i, jaxpr)
+
+
+def merge_faults(faults: Faults, outer: State) -> Faults:
+    """What went wrong in a plate's elements; in a particle that was dead before, nothing counts."""
+    latest = jnp.argmax(faults.died_at)
+    found = jax.tree.map(lambda x: x.max(axis=0), faults)._replace(died=faults.died[latest])
+    return jax.tree.map(lambda new, old: jnp.where(outer.log_weight > -jnp.inf, new, old), found, outer.faults)
 
 
 def after_plate(choices: Any, size: int, jaxpr: Any) -> Any:

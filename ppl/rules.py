@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions import ExpandedDistribution, MaskedDistribution
 
 from . import sites
 from .arena import add_row, append, last_tokens, prefill, read_row, start_row
@@ -31,7 +32,16 @@ def log_prob(dist: Any, value: Array) -> Array:
     widened = jnp.reshape(inside, jnp.shape(inside) + (1,) * event)
     per_element = dist.log_prob(jnp.where(widened, value, safe))
     inside = jnp.broadcast_to(inside, jnp.shape(per_element)) if jnp.ndim(inside) <= jnp.ndim(per_element) else inside.all()
-    return jnp.sum(jnp.where(inside, per_element, -jnp.inf)).astype(jnp.float32)
+    return jnp.sum(jnp.where(inside | ~counted(dist), per_element, -jnp.inf)).astype(jnp.float32)
+
+
+def counted(dist: Any) -> Array:
+    """bool: which elements of a masked distribution pay their density; the others may hold anything, such as NaN."""
+    mask = jnp.asarray(True)
+    while isinstance(dist, (MaskedDistribution, ExpandedDistribution)):
+        mask = mask & dist._mask if isinstance(dist, MaskedDistribution) else mask
+        dist = dist.base_dist
+    return mask
 
 
 def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: bool, out: Any, support: Any) -> list[Any]:

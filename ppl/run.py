@@ -129,6 +129,9 @@ def _given_array(site: Site, staged: Staged, value: Any) -> Array:
         assert site.out is not None
         expected = (*site.dims, *site.out[0])
         array = jnp.asarray(value)
+        if jnp.issubdtype(site.out[1], jnp.integer) and jnp.issubdtype(array.dtype, jnp.floating):
+            if isinstance(array, jax.core.Tracer) or (np.asarray(array) % 1 != 0).any():
+                raise SiteError(f"site {site.name!r}: given {array.dtype} values, expected {site.out[1]}")
         if array.shape != expected:
             raise SiteError(f"site {site.name!r}: given a value of shape {array.shape}, expected {expected}")
         return array

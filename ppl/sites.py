@@ -260,7 +260,10 @@ def _scalar(name: str, value: Any, dtype: Any) -> Array:
         raise SiteError(
             f"site {name!r}: expected a scalar, found shape {jnp.shape(value)}; reduce it, with `.sum()` or `.all()`"
         )
-    found = jnp.result_type(value)
+    try:
+        found = jnp.result_type(value)
+    except TypeError as error:
+        raise SiteError(f"site {name!r}: expected a number, found {type(value).__name__}") from error
     if dtype == jnp.bool_ and found != jnp.bool_:
         raise SiteError(f"site {name!r}: expected a bool, found {found}; compare it with something, such as `x == 24`")
     if dtype == jnp.float32 and not jnp.issubdtype(found, jnp.number) and found != jnp.bool_:

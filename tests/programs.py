@@ -1,11 +1,14 @@
-"""Small models and oracles for the tests of the language and of inference."""
+"""Small models, and an oracle that enumerates programs written in plain Python."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from latentrace import models
+from latentrace.ppl.language_model import empty_memory
 
 LETTERS = "abcdefgh"
 
@@ -88,3 +91,47 @@ def measure(pairs: Any) -> dict[Any, float]:
 
 def padded(text: tuple[int, ...], max_tokens: int, eos_id: int = 0) -> tuple[int, ...]:
     return (*text, *[eos_id] * (max_tokens - len(text)))
+
+
+WIDTH = 256
+
+
+@jax.tree_util.register_pytree_node_class
+class WideCacheModel:
+    """A model whose cache takes far more memory than the model: it predicts from the mean of all cached vectors."""
+
+    vocab_size, eos_id, start_id, adds_start, max_length = 3, 0, 0, False, 10_000
+
+    def __init__(self, embedding: Any):
+        self.embedding = embedding
+
+    def tree_flatten(self):
+        return (self.embedding,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+    def encode(self, text):
+        return [int(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(str, ids))
+
+    def token_bytes(self):
+        return [b"0", b"1", b"2"]
+
+    def forward(self, tokens, memory):
+        entries = self.embedding[tokens]
+        before = sum((jnp.where(b.mask[:, None], b.entries, 0.0).sum(0) for b in memory.blocks), jnp.zeros(WIDTH))
+        return before + jnp.cumsum(entries, axis=0), entries
+
+    def unembed(self, features):
+        return features @ self.embedding.T
+
+    def logits(self, tokens):
+        return self.unembed(self.forward(jnp.asarray(tokens), empty_memory())[0])
+
+
+def wide_cache_model() -> WideCacheModel:
+    return WideCacheModel(jnp.asarray(0.05 * np.random.default_rng(0).normal(size=(3, WIDTH)), jnp.float32))

@@ -37,14 +37,16 @@ class Report(NamedTuple):
     """Wilson's interval."""
 
 
-@partial(jax.jit, static_argnames=("length", "temperature"))
+@partial(jax.jit, static_argnames="length")
 def sample(
-    lm: LanguageModel, rng_key: Array, prompts: Array, length: int = data.TRACE_LENGTH, temperature: float = 1.0
+    lm: LanguageModel, rng_key: Array, prompts: Array, length: int = data.TRACE_LENGTH, temperature: Array | float = 1.0
 ) -> Array:
     """int32[B, length]: one continuation of each prompt, int32[B, P]; temperature 0 takes the likeliest tokens."""
 
     def draw(logits, key):
-        return jnp.argmax(logits) if temperature == 0 else jax.random.categorical(key, logits / temperature)
+        divisor = jnp.where(temperature == 0, 1.0, temperature)
+        drawn = jax.random.categorical(key, logits / divisor)
+        return jnp.where(temperature == 0, jnp.argmax(logits), drawn)
 
     def continuation(prompt, key):
         features, entries = lm.forward(prompt, empty_memory())
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = random.Random(0).sample(training_puzzles(), 100)
     for name, puzzles in {"hard": HARD, "fresh": FRESH, "trained": trained}.items():
         solved = successes(lm, puzzles, arguments.samples, arguments.seed, arguments.temperature)
-        print(json.dumps({"puzzles": name, **report(solved)._asdict()}), flush=True)
+        print(json.dumps({"split": name, **report(solved)._asdict()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -128,12 +128,12 @@ class TestShippedCheckpoint:
 
     def test_the_sampler_follows_the_logits_of_the_model(self, lm):
         """Greedy continuation with a cache equals greedy continuation by recomputing everything."""
-        prompt = data.prompt_tokens(np.array([HARD[0]]))
-        found = evaluate.sample(lm, jax.random.key(0), jnp.asarray(prompt), temperature=0)
-        whole = np.concatenate([prompt, np.asarray(found)], axis=1)[0]
+        prompts = data.prompt_tokens(np.array(HARD))
+        found = evaluate.sample(lm, jax.random.key(0), jnp.asarray(prompts), temperature=0.0)
+        whole = np.concatenate([prompts, np.asarray(found)], axis=1)[7]
         greedy = np.asarray(lm.logits(whole)).argmax(axis=-1)
         assert np.array_equal(greedy[data.PROMPT_LENGTH - 1 : -1], whole[data.PROMPT_LENGTH :])
 
     def test_solves_puzzles_it_never_saw(self, lm):
-        solved = evaluate.successes(lm, [*HARD[:25], *FRESH[:25]], samples=10)
-        assert solved.mean() > 0.1
+        solved = evaluate.successes(lm, [*HARD[::2], *FRESH[::2]], samples=5, batch_size=100)
+        assert 0.2 < solved.mean() < 0.45  # 0.32 over many samples

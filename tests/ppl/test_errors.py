@@ -149,7 +149,7 @@ def test_a_context_cannot_leave_a_plate():
         context = ppl.prompt(LM)
         ppl.vmap(lambda i: ppl.generate("x", context, max_tokens=1)[1])(jnp.arange(2))
 
-    with pytest.raises(errors.SiteError, match="context cannot leave the plate.*return its text"):
+    with pytest.raises(errors.SiteError, match=r"context cannot leave the plate.*return its text"):
         stage(program)
 
 
@@ -157,6 +157,7 @@ def test_a_context_cannot_leave_a_plate():
     ("given", "message"),
     [
         ({"b": jnp.zeros(2)}, r"'b': given a value of shape \(2,\), expected \(\)"),
+        ({"b": 0.5}, r"'b': given float32 values, expected int32"),
         ({"x": [1, 1, 1, 1]}, r"'x': given 4 tokens, more than its max_tokens of 2"),
         ({"x": [5]}, r"'x': given token id 5, which is outside the vocabulary of 3"),
         ({"y": [[1]]}, r"'y': given 1 values for a loop or plate of 2"),
@@ -212,15 +213,9 @@ def grad_in_a_scan():
     jax.grad(lambda x: jax.lax.scan(lambda c, _: (c * ppl.sample("b", dist.Normal(c, 1.0)), None), x, None, length=2)[0])(1.0)
 
 
-def grad_drops_a_constant_factor():
-    def f(x):
-        jax.jit(lambda: ppl.factor("b", -1.0))()
-        return x**2
-
-    ppl.factor("f", jax.grad(f)(3.0))
-
-
 def grad_repeats_a_draw():
+    """JAX moves what a differentiated loop does not differentiate out of it: both steps share one draw."""
+
     def f(x):
         return jax.lax.scan(lambda c, _: (jnp.sin(c) * ppl.sample("b", dist.Normal(0.0, 1.0)), None), x, None, length=2)[0]
 
@@ -229,7 +224,12 @@ def grad_repeats_a_draw():
 
 @pytest.mark.parametrize(
     "program",
-    [grad_of_a_factor, grad_through_a_draw, grad_in_a_scan, grad_drops_a_constant_factor, grad_repeats_a_draw],
+    [
+        grad_of_a_factor,
+        grad_through_a_draw,
+        grad_in_a_scan,
+        pytest.param(grad_repeats_a_draw, marks=pytest.mark.xfail(strict=True, reason="the draw is moved out of the loop")),
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_site_under_grad(program):

@@ -138,6 +138,15 @@ def test_a_finished_context_is_silent_until_it_is_extended():
     assert density([1, EOS]) == -np.inf
 
 
+def test_given_end_tokens_do_not_finish_a_context():
+    @ppl.program
+    def program():
+        context = ppl.extend(ppl.prompt(LM, [1, EOS]), [0, EOS])
+        return ppl.generate("x", context, max_tokens=1)[0]
+
+    np.testing.assert_allclose(program.log_density({"x": [2]}), log_p(LM, (1, EOS, 0, EOS), (2,)), rtol=1e-5)
+
+
 def test_nothing_can_be_observed_after_the_end():
     @ppl.program
     def program():
