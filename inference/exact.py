@@ -73,7 +73,8 @@ class Digits:
 
     def supply(self, spec: Spec | None, active: Any) -> tuple[Array, Array, "Digits"]:
         assert spec is not None, "a site without finite support is refused before the run"
-        digits = jax.lax.dynamic_slice(self.digits, (self.cursor,), (spec.digits,))
+        room = jnp.pad(self.digits, (0, spec.digits))  # the body of a loop of no steps is traced, but has no digits
+        digits = jax.lax.dynamic_slice(room, (self.cursor,), (spec.digits,))
         return digits, jnp.asarray(active) | (digits == 0).all(), self._skip(spec.digits)
 
     def enter_element(self, i: Array, jaxpr: Any) -> "Digits":

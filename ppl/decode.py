@@ -150,7 +150,9 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         )
         state = state._replace(arenas=arenas, choices=choices, counts=counts, faults=faults)
         state = note_overflow(state, number, live & (row.position + 1 > lm.max_length))
-        if moves:
+        if not moves:  # nothing is paid, but a model that answers NaN is noted
+            state = pay(state, number, jnp.where(jnp.isnan(log_p), jnp.nan, 0.0), live)
+        else:
             state = pay(state, number, log_p - log_q, live)._replace(clock=state.clock + 1)
             if options.twist is not None:
                 log_psi = here.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))

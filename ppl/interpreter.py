@@ -4,7 +4,9 @@ It runs under `vmap` over the particles' axis. Control flow that holds sites is 
 particle's `State`, every branch runs under a mask. What particles need of each other are collectives.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,6 +50,9 @@ class Interpreter:
         self.given = {k: self.frame.put(v) for k, v in (given or {}).items()}
         self.prompts: dict[int, list[Cell]] = {m: [] for m in range(len(models))}
         self.records: dict[str, tuple[Cell, Cell]] = {}
+        random = (sites.sample_p, sites.generate_p)
+        drawn = any(e.primitive in random and e.params["name"] not in self.given for e in all_eqns(staged.jaxpr))
+        self.is_density = policy is None and not drawn
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -151,18 +156,65 @@ class Interpreter:
         return [self.frame.put(v) for v in values]
 
     def cond(self, branches: Any, inputs: list[Cell]) -> list[Cell]:
-        """Every branch under a mask; the taken one's outputs are selected."""
+        """One branch counts. Particles take different ones, so every branch runs under a mask and the taken one's outputs are
+        selected; a density, which has one particle, runs one branch."""
         which, *operands = inputs
+        if self.is_density:
+            return self.switch(branches, which, operands)
+        nested, self.nested = self.nested, True  # a prompt in a branch is no shared block
         outer = self.active
         taken = []
         for k, branch in enumerate(branches):
             here = jnp.clip(self.frame.get(which).astype(jnp.int32), 0, len(branches) - 1) == k
             self.active = self.frame.put(jnp.asarray(self.frame.get(outer)) & here)
             taken.append(self.walk(branch, operands))
-        self.active = outer
+        self.active, self.nested = outer, nested
         chosen = jnp.clip(self.frame.get(which).astype(jnp.int32), 0, len(branches) - 1)
         select = lambda *xs: jax.lax.select_n(chosen, *map(jnp.asarray, xs)) if len(xs) > 1 else xs[0]
         return [self.frame.put(select(*[self.frame.get(c) for c in out])) for out in zip(*taken)]
+
+    def switch(self, branches: Any, which: Cell, operands: list[Cell]) -> list[Cell]:
+        """A real `lax.switch`: the density of a program has no gradient through branches that are not taken."""
+        values = [self.frame.get(c) for c in operands]
+
+        def walk(branch: Any, values: list[Any], state: State) -> tuple[list[Any], dict[str, Any], State]:
+            with self.inside([]):
+                self.state = state
+                out = [jnp.asarray(self.frame.get(c)) for c in self.walk(branch, [self.frame.put(v) for v in values])]
+                return out, self.recorded(), self.state
+
+        before = self.state
+        shapes = [jax.eval_shape(partial(walk, branch), values, before)[1] for branch in branches]
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), {k: v for found in shapes for k, v in found.items()})
+
+        def taken(branch: Any, values: list[Any], state: State) -> Any:
+            out, found, state = walk(branch, values, state)
+            return out, {**blank, **found}, state
+
+        index = self.frame.get(which).astype(jnp.int32)
+        out, records, self.state = jax.lax.switch(index, [partial(taken, b) for b in branches], values, before)
+        self.moved = True
+        self._merge_records(records)
+        return [self.frame.put(o) for o in out]
+
+    @contextlib.contextmanager
+    def inside(self, lineage: list[Array], path: tuple[Array, ...] = ()) -> Iterator[None]:
+        """Walk the body of an inner trace of JAX: values of this frame are seen from there by `enter`."""
+        saved = self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records
+        for cell in [self.active, *self.given.values(), *[c for cells in self.prompts.values() for c in cells]]:
+            self.frame.get(cell)  # bring everything the body may see to its start
+        self.frame, self.path, self.nested, self.records = Frame(lineage), (*self.path, *path), True, {}
+        self.active = self.enter(self.active)
+        self.given = {k: self.enter(c) for k, c in self.given.items()}
+        self.prompts = {m: [self.enter(c) for c in cells] for m, cells in self.prompts.items()}
+        try:
+            yield
+        finally:
+            self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records = saved
+
+    def recorded(self) -> dict[str, tuple[Any, Array]]:
+        """Values and activity of the sites met in this frame."""
+        return {k: (self.frame.get(v), self.frame.get(a)) for k, (v, a) in self.records.items()}
 
     def scan(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
         s = scan_of(eqn)
@@ -203,8 +255,8 @@ class Interpreter:
 
         *carry, going = self.loop(p["body_jaxpr"], bound, step, [*init, going])[0]
         if not truncate:
-            number = next(self.staged.sites[e.params["name"]].number for e in all_eqns(p["body_jaxpr"])
-                          if is_site(e) and e.params.get("name") in self.staged.sites)  # fmt: skip
+            inside = [e.params["name"] for e in all_eqns(p["body_jaxpr"]) if is_site(e)]
+            number = self.staged.sites[next((name for name in inside if name != "bound()"), "bound()")].number
             s, over = self.state, self.frame.get(going) & self.is_active() & (self.state.log_weight > -jnp.inf)
             self.state = s._replace(faults=s.faults._replace(bound=jnp.where(over, number, s.faults.bound)))
         return carry
@@ -228,41 +280,30 @@ class Interpreter:
         `step(self, carry, i)` walks one step and returns the carry and the outputs.
         """
         within = set(sites_inside(body))
-        outer = [*carry, self.active, *self.given.values(), *[c for cells in self.prompts.values() for c in cells]]
-        for cell in outer:
-            self.frame.get(cell)  # bring everything the body may see to the loop's start
-        saved = (self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records)
-        me = index() if self.policy is not None else jnp.int32(0)
+        resamples = self.policy is not None
+        me = index() if resamples else jnp.int32(0)
+        initial = ([jnp.asarray(self.frame.get(c)) for c in carry], me, self.state)
 
         def one(looping: Any, i: Array) -> tuple[Any, Any]:
             values, since, self.state = looping
             self.moved = True  # by the step before, or before the loop
-            self.frame = Frame([since] if self.policy is not None else [])
-            start = len(self.frame.lineage)
-            self.active, self.nested, self.path, self.records = self.enter(saved[1]), True, (*saved[4], i), {}
             at = length - 1 - i if reverse else i
-            inside = lambda c: jax.tree.map(lambda x: x[at], c.value)
-            self.given = {k: Cell(inside(c), 0) for k, c in saved[2].items() if k in within}
-            self.prompts = {m: [self.enter(c) for c in cells] for m, cells in saved[3].items()}
-            carried, collected = step(self, [self.frame.put(v) for v in values], i)
-            out = [jnp.asarray(self.frame.get(c)).astype(v.dtype) for c, v in zip(carried, values)]
-            ys = [self.frame.get(c) for c in collected]
-            found = {k: (self.frame.get(v), self.frame.get(a)) for k, (v, a) in self.records.items()}
-            step_map = since_next = since
-            if self.policy is not None:
-                step_map = since_next = me
+            with self.inside([since] if resamples else [], (i,)):
+                start = len(self.frame.lineage)
+                part = lambda c: jax.tree.map(lambda x: x[at], c.value)
+                self.given = {k: Cell(part(c), 0) for k, c in self.given.items() if k in within}
+                carried, collected = step(self, [self.frame.put(v) for v in values], i)
+                out = [jnp.asarray(self.frame.get(c)).astype(v.dtype) for c, v in zip(carried, values)]
+                ys, found = [self.frame.get(c) for c in collected], self.recorded()
+                step_map = me
                 for ancestor in self.frame.lineage[start:]:
                     step_map = reindex(step_map, ancestor)
-                since_next = reindex(since, step_map)
-            return (out, since_next, self.state), (ys, found, step_map)
+            since = reindex(since, step_map) if resamples else since
+            return (out, since, self.state), (ys, found, step_map)
 
-        initial = ([jnp.asarray(c.value) for c in carry], me, self.state)
         (values, whole, self.state), (ys, records, maps) = jax.lax.scan(one, initial, jnp.arange(length, dtype=jnp.int32))
         self.moved = True
-        state = self.state
-        self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records = saved
-        self.state = state
-        if self.policy is not None:
+        if resamples:
             ys, records = follow_back((ys, records), maps, me)
             self.frame.lineage.append(whole)
         if reverse:
@@ -305,9 +346,8 @@ class Interpreter:
             body.active = body.frame.put(active)
             body.prompts = {m: [body.frame.put(p) for p in ps] for m, ps in prompts.items()}
             out = body.walk(jaxpr, [body.frame.put(v) for v in values])
-            found = {k: (v.value, a.value) for k, (v, a) in body.records.items()}
             s = body.state
-            return [jnp.asarray(c.value) for c in out], found, s.log_weight, s.log_twists, s.faults, s.counts, s.clock
+            return [jnp.asarray(c.value) for c in out], body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock
 
         out, found, log_weight, twists, faults, counts, clock = jax.vmap(
             element, in_axes=(0, [0 if m else None for m in mapped], 0, 0), axis_name=axis

@@ -7,10 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro.primitives as numpyro_primitives
-from numpyro.distributions.distribution import Unit
+from numpyro.distributions.distribution import ExpandedDistribution, MaskedDistribution, Unit
 
 from . import sites
 from .errors import SiteError
+
+
+def is_factor(dist: Any) -> bool:
+    """Whether a distribution is that of `numpyro.factor`, which plates expand and masks cover."""
+    while isinstance(dist, (ExpandedDistribution, MaskedDistribution)):
+        dist = dist.base_dist
+    return isinstance(dist, Unit)
 
 
 class Bridge(numpyro_primitives.Messenger):
@@ -23,8 +30,8 @@ class Bridge(numpyro_primitives.Messenger):
 
     def _sample(self, msg: dict[str, Any]) -> None:
         name, dist, scale = msg["name"], msg["fn"], msg["scale"]
-        if isinstance(dist, Unit):
-            log_factor = jnp.sum(dist.log_factor)
+        if is_factor(dist):
+            log_factor = jnp.sum(dist.log_prob(msg["value"]))
             sites.factor(name, log_factor if scale is None else scale * log_factor)
             return
         if shape := msg["kwargs"].get("sample_shape"):

@@ -284,7 +284,7 @@ def need(closed: Any, *, nested: bool = False) -> Need:
             total += need(eqn.params["body_jaxpr"], nested=True) * loop_bound(eqn)[0]
         elif walks_into(eqn):
             for inner in inner_jaxprs(eqn):
-                total += need(inner, nested=nested)
+                total += need(inner, nested=nested or eqn.primitive.name == "cond")
     return total
 
 

@@ -129,9 +129,9 @@ def _given_array(site: Site, staged: Staged, value: Any) -> Array:
         assert site.out is not None
         expected = (*site.dims, *site.out[0])
         array = jnp.asarray(value)
-        if jnp.issubdtype(site.out[1], jnp.integer) and jnp.issubdtype(array.dtype, jnp.floating):
-            if isinstance(array, jax.core.Tracer) or (np.asarray(array) % 1 != 0).any():
-                raise SiteError(f"site {site.name!r}: given {array.dtype} values, expected {site.out[1]}")
+        floats_for_ints = jnp.issubdtype(site.out[1], jnp.integer) and jnp.issubdtype(array.dtype, jnp.floating)
+        if floats_for_ints and (isinstance(array, jax.core.Tracer) or (np.asarray(array) % 1 != 0).any()):
+            raise SiteError(f"site {site.name!r}: given {array.dtype} values, expected {site.out[1]}")
         if array.shape != expected:
             raise SiteError(f"site {site.name!r}: given a value of shape {array.shape}, expected {expected}")
         return array
@@ -140,7 +140,10 @@ def _given_array(site: Site, staged: Staged, value: Any) -> Array:
         value = value.tokens
 
     def pad(ids: Any) -> np.ndarray:
-        ids = lm.encode(ids) if isinstance(ids, str) else list(ids)
+        try:
+            ids = lm.encode(ids) if isinstance(ids, str) else list(ids)
+        except (TypeError, ValueError) as error:
+            raise SiteError(f"site {site.name!r}: given {ids!r}, expected a text or token ids ({error})") from error
         if len(ids) > site.max_tokens:
             raise SiteError(f"site {site.name!r}: given {len(ids)} tokens, more than its max_tokens of {site.max_tokens}")
         if outside := [int(i) for i in ids if not 0 <= i < lm.vocab_size]:

@@ -282,7 +282,7 @@ def bound(max_steps: int, *, truncate: bool = False) -> None:
     site_name("bound")
     if max_steps < 1:
         raise SiteError(f"a loop's bound must be at least 1, not {max_steps}")
-    bound_p.bind(max_steps=int(max_steps), truncate=bool(truncate))
+    bound_p.bind(max_steps=int(max_steps), truncate=bool(truncate), name="bound()")
 
 
 def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = None) -> Callable[..., Any]:
@@ -302,6 +302,8 @@ def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = No
         if len(sizes) != 1:
             raise SiteError(f"ppl.vmap: the mapped axes must have one size, found {sorted(sizes) or 'none; give axis_size'}")
         (n,) = sizes
+        if n == 0:
+            raise SiteError("ppl.vmap: the mapped axes are empty; a plate has at least one element")
         element = [jax.tree.map(lambda x: jnp.asarray(x)[0], arg) if a == 0 else arg for a, arg in zip(axes, args)]
         closed, consts, tree = hoist(fn, *element)
         if "Context" in str(tree):

@@ -136,6 +136,7 @@ ALL = jnp.ones(3, bool)
         (lambda c: ppl.bound(0), r"bound must be at least 1"),
         (lambda c: ppl.vmap(lambda x, y: x)(jnp.ones(2), jnp.ones(3)), r"one size, found \[2, 3\]"),
         (lambda c: ppl.vmap(lambda: coin())(), r"give axis_size"),
+        (lambda c: ppl.vmap(lambda x: x)(jnp.ones((0, 2))), r"at least one element"),
         (lambda c: ppl.vmap(lambda x: x, in_axes=1)(jnp.ones((2, 2))), r"in_axes must be 0 or None"),
     ],
 )
@@ -159,6 +160,8 @@ def test_a_context_cannot_leave_a_plate():
         ({"b": jnp.zeros(2)}, r"'b': given a value of shape \(2,\), expected \(\)"),
         ({"b": 0.5}, r"'b': given float32 values, expected int32"),
         ({"x": [1, 1, 1, 1]}, r"'x': given 4 tokens, more than its max_tokens of 2"),
+        ({"x": 1}, r"'x': given array\(1\), expected a text or token ids"),
+        ({"x": "a?"}, r"'x': given 'a\?', expected a text or token ids"),
         ({"x": [5]}, r"'x': given token id 5, which is outside the vocabulary of 3"),
         ({"y": [[1]]}, r"'y': given 1 values for a loop or plate of 2"),
         ({"y": "ab"}, r"'y': given 2 values for a loop or plate of 2"),
@@ -340,6 +343,26 @@ def test_a_bound_that_is_reached():
         SMC.run(KEY, program, jnp.int32(2), False)
     assert (SMC.run(KEY, program, jnp.int32(2), True).returned == 2).all()
     assert (SMC.run(KEY, program, jnp.int32(1), False).returned == 2).all()
+
+
+def test_a_bound_in_a_loop_without_other_sites():
+    def program(n):
+        def step(i):
+            ppl.bound(2)
+            return i + 1
+
+        return jax.lax.while_loop(lambda i: i < n, step, 0)
+
+    assert (SMC.run(KEY, program, jnp.int32(2)).returned == 2).all()
+    with pytest.raises(errors.BoundReachedError, match="raise the bound"):
+        SMC.run(KEY, program, jnp.int32(3))
+
+
+@pytest.mark.parametrize("row", [jnp.nan, -jnp.inf])
+def test_a_model_without_a_next_token(row):
+    lm = models.MarkovLM(jnp.full(3, row), jnp.zeros((3, 3)), 0)
+    with pytest.raises(errors.NonFiniteError, match="site 'x'"):
+        SMC.run(KEY, lambda: ppl.generate("x", ppl.prompt(lm), max_tokens=2)[0].tokens)
 
 
 class Short(models.MarkovLM):

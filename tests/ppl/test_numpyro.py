@@ -71,6 +71,16 @@ def branches(y):
     )
 
 
+def masked_and_expanded_factors(y):
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+    with mask(mask=False):
+        numpyro.factor("f", 3.0 * x)
+    with numpyro.plate("n", 4):
+        numpyro.factor("once for each", x)
+        with mask(mask=y > 0):
+            numpyro.factor("some", x * y)
+
+
 def mixture(y):
     weights = numpyro.sample("weights", dist.Dirichlet(jnp.array([1.0, 2.0])))
     means = numpyro.sample("means", dist.Normal(jnp.array([-1.0, 2.0]), 1.0).to_event(1))
@@ -79,7 +89,7 @@ def mixture(y):
         numpyro.sample("y", dist.Normal(means[k], 0.8), obs=y)
 
 
-MODELS = [schools, matrix_plates, masked_observations, scaled, chain, mixture]
+MODELS = [schools, matrix_plates, masked_observations, scaled, chain, masked_and_expanded_factors, mixture]
 
 
 def draws_of(model, key):

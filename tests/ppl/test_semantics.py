@@ -357,6 +357,18 @@ def test_a_program_without_random_sites_has_its_factors_as_evidence():
         assert algorithm.run(KEY, program).log_evidence == pytest.approx(-1.25)
 
 
+@pytest.mark.parametrize("algorithm", [inference.Exact(), inference.SMC(3, 1.1)], ids=["Exact", "SMC"])
+def test_a_loop_of_no_steps(algorithm):
+    @ppl.program
+    def program():
+        b = ppl.sample("b", dist.Bernoulli(0.3))
+        return b, jax.lax.scan(lambda c, _: (c, ppl.sample("x", dist.Bernoulli(0.3))), 0, None, length=0)[1]
+
+    posterior = algorithm.run(KEY, program)
+    assert posterior.log_evidence == pytest.approx(0.0, abs=1e-6)
+    assert posterior.values["x"].shape[1:] == (0,)
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
