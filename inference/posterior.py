@@ -88,6 +88,18 @@ def hashable(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+class Values(dict[str, Any]):
+    """Values by site name; a misspelt name is an error with the near misses."""
+
+    def __missing__(self, name: str) -> Any:
+        raise SiteNameError(f"no site {name!r}: {near_misses(name, self)}")
+
+
+jax.tree_util.register_pytree_node(
+    Values, lambda values: (list(values.values()), tuple(values)), lambda names, values: Values(zip(names, values))
+)
+
+
 @dataclass(frozen=True)
 class Posterior:
     """Weighted traces. Every array of `values` and `returned` has particles as its leading axis, of length N."""
@@ -107,6 +119,9 @@ class Posterior:
     """int[N]: each particle's ancestor at the start; None where particles are independent"""
     restricted: bool = False
     """whether a proposal left out tokens that the model allows: the target is then p on the proposal's support"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", Values(self.values))
 
     @cached_property
     def log_evidence(self) -> float:
@@ -138,8 +153,6 @@ class Posterior:
         """
         if callable(name_or_fn):
             return [name_or_fn({k: self._at(v, i) for k, v in self.values.items()}) for i in self._alive]
-        if name_or_fn not in self.values:
-            raise SiteNameError(f"no site {name_or_fn!r}: {near_misses(name_or_fn, self.values)}")
         value = self._at(self.values[name_or_fn], self._alive)
         return readable(value) if isinstance(value, Text) else list(value)
 

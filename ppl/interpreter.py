@@ -343,7 +343,7 @@ class Interpreter:
             choices = element_choices(outer.choices, i, jaxpr)
             body = Interpreter(self.staged, self.consts, self.models, state._replace(choices=choices), given=given)
             body.axes, body.path, body.nested = (*self.axes, axis), (*self.path, i), True
-            body.active = body.frame.put(active)
+            body.active, body.is_density = body.frame.put(active), self.is_density
             body.prompts = {m: [body.frame.put(p) for p in ps] for m, ps in prompts.items()}
             out = body.walk(jaxpr, [body.frame.put(v) for v in values])
             s = body.state
