@@ -211,15 +211,19 @@ class Posterior:
         """The posterior for ArviZ: N equal-weight draws, resampled by us, with the weighted particles beside them.
 
         Texts enter as strings. ArviZ 0.x gives an `InferenceData`, 1.x a `DataTree`; the group `particles` holds the raw
-        values with `log_weight`.
+        values with `log_weight` and `ancestor`, the particle of the run's start that each descends from.
         """
-        import arviz
+        try:
+            import arviz
+        except ImportError as error:
+            raise ImportError("to_arviz needs ArviZ: pip install 'latentrace[plots]'") from error
 
         draws = self.sample(jax.random.key(0), len(self.log_weights))
         group = {name: _plain(value)[None] for name, value in draws.values.items()}
         raw = {name: _plain(value)[None] for name, value in self.values.items()}
         raw["log_weight"] = self.log_weights[None]
-        if hasattr(arviz, "from_dict") and not hasattr(arviz, "InferenceData"):
+        raw["ancestor"] = (np.arange(len(self.log_weights)) if self.roots is None else self.roots)[None]
+        if int(arviz.__version__.split(".")[0]) >= 1:
             return arviz.from_dict({"posterior": group, "particles": raw})
         data = arviz.from_dict(posterior=group)
         data.add_groups({"particles": arviz.dict_to_dataset(raw)})

@@ -175,6 +175,7 @@ class Interpreter:
 
     def switch(self, branches: Any, which: Cell, operands: list[Cell]) -> list[Cell]:
         """A real `lax.switch`: the density of a program has no gradient through branches that are not taken."""
+        self.settle()
         values = [self.frame.get(c) for c in operands]
 
         def walk(branch: Any, values: list[Any], state: State) -> tuple[list[Any], dict[str, Any], State]:
@@ -197,12 +198,15 @@ class Interpreter:
         self._merge_records(records)
         return [self.frame.put(o) for o in out]
 
+    def settle(self) -> None:
+        """Bring everything that a body may see to its start; not from inside its trace, whose values must not leak."""
+        for cell in [self.active, *self.given.values(), *[c for cells in self.prompts.values() for c in cells]]:
+            self.frame.get(cell)
+
     @contextlib.contextmanager
     def inside(self, lineage: list[Array], path: tuple[Array, ...] = ()) -> Iterator[None]:
-        """Walk the body of an inner trace of JAX: values of this frame are seen from there by `enter`."""
+        """Walk the body of an inner trace of JAX, after `settle`: values of this frame are seen from there by `enter`."""
         saved = self.frame, self.active, self.given, self.prompts, self.path, self.nested, self.records
-        for cell in [self.active, *self.given.values(), *[c for cells in self.prompts.values() for c in cells]]:
-            self.frame.get(cell)  # bring everything the body may see to its start
         self.frame, self.path, self.nested, self.records = Frame(lineage), (*self.path, *path), True, {}
         self.active = self.enter(self.active)
         self.given = {k: self.enter(c) for k, c in self.given.items()}
@@ -279,6 +283,7 @@ class Interpreter:
 
         `step(self, carry, i)` walks one step and returns the carry and the outputs.
         """
+        self.settle()
         within = set(sites_inside(body))
         resamples = self.policy is not None
         me = index() if resamples else jnp.int32(0)

@@ -19,6 +19,7 @@ from latentrace import inference, ppl
 
 MODELS = {"markov": programs.markov(2, seed=3), "hmm": programs.hmm(2, 2, eos_id=1, seed=6)}
 KEY = jax.random.key(0)
+HOW = ["plain", "twist", "constraint", "heat", "until"]
 numbers = st.sampled_from([-1.3, -0.4, 0.3, 0.9])
 
 # Every statement reads and changes one number, `x`, and the context that it grows.
