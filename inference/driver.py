@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from latentrace.ppl.program import Staged, as_program, check_given, stage
+from latentrace.ppl.program import as_program
 from latentrace.ppl.run import Output, Settings, check_faults, execute, label_values
+from latentrace.ppl.staging import Staged, check_given, stage
 
 from .posterior import Ledger, Posterior
 
@@ -55,7 +56,7 @@ def wants_progress(progress: bool | None) -> bool:
 def prepare(program: Any, args: tuple[Any, ...]) -> tuple[Staged, dict[str, Any]]:
     """Stage a program and check the values given for its sites."""
     program = as_program(program)
-    staged = stage(program, args)
+    staged = stage(program.fn, args)
     check_given(staged, program.given)
     return staged, program.given
 

@@ -13,9 +13,9 @@ import numpy as np
 from latentrace.ppl.choices import Spec
 from latentrace.ppl.errors import NotEnumerableError
 from latentrace.ppl.jaxpr import body_of, inner_jaxprs, scan_of
-from latentrace.ppl.program import Staged, holds_sites, loop_bound
 from latentrace.ppl.run import Settings, execute
 from latentrace.ppl.sites import generate_p, plate_p, sample_p
+from latentrace.ppl.staging import Staged, holds_sites, loop_bound
 
 from .driver import PROGRESS, finish, prepare, wants_progress
 from .posterior import Posterior

@@ -95,9 +95,11 @@ class Values(dict[str, Any]):
         raise SiteNameError(f"no site {name!r}: {near_misses(name, self)}")
 
 
-jax.tree_util.register_pytree_node(
-    Values, lambda values: (list(values.values()), tuple(values)), lambda names, values: Values(zip(names, values))
-)
+def _flatten(values: Values) -> tuple[list[Any], Any]:
+    return list(values.values()), tuple(values)
+
+
+jax.tree_util.register_pytree_node(Values, _flatten, lambda names, values: Values(zip(names, values)))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from . import errors, proposals
 from .language_model import Block, LanguageModel, Memory
-from .program import Program, program
+from .program import Program, Trace, program
 from .proposals import AllowedTokens, Constraint
-from .run import Trace
 from .sites import bound, condition, deterministic, factor, observe, sample, scope, twist, vmap
 from .text import Context, Text, extend, generate, prompt, score, tokens
 

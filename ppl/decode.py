@@ -98,7 +98,8 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
     moves = weighted({"constraint": constraint, "proposal": proposal, "twist": twist})
     inside = policy is not None and policy.inside_texts and moves
     me = index() if inside else jnp.int32(0)
-    idle = row.finished | ~jnp.asarray(active)
+    dead = lambda state: state.log_weight == -jnp.inf  # spends nothing more, whatever follows
+    idle = row.finished | ~jnp.asarray(active) | dead(run.state)
     writing = Writing(
         row=row,
         tokens=jnp.full(max_tokens, lm.eos_id, jnp.int32),
@@ -145,19 +146,17 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         )
         arenas = (*state.arenas[:model], arena, *state.arenas[model + 1 :])
         counts = state.counts._replace(generated=state.counts.generated + live, model_calls=state.counts.model_calls + 1)
-        faults = state.faults._replace(
-            restricted=state.faults.restricted | (live & restricted),
-        )
+        faults = state.faults._replace(restricted=state.faults.restricted | (live & restricted))
         state = state._replace(arenas=arenas, choices=choices, counts=counts, faults=faults)
         state = note_overflow(state, number, live & (row.position + 1 > lm.max_length))
-        if not moves:  # nothing is paid, but a model that answers NaN is noted
-            state = pay(state, number, jnp.where(jnp.isnan(log_p), jnp.nan, 0.0), live)
-        else:
-            state = pay(state, number, log_p - log_q, live)._replace(clock=state.clock + 1)
-            if options.twist is not None:
-                log_psi = here.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))
-                counts = state.counts._replace(potentials=state.counts.potentials + live)
-                state = steer(state, name, number, log_psi, live)._replace(counts=counts)
+        # without a proposal nothing is paid, but a model that answers NaN is noted
+        ratio = log_p - log_q if moves else jnp.where(jnp.isnan(log_p), jnp.nan, 0.0)
+        state = pay(state, number, ratio, live)._replace(clock=state.clock + 1)
+        if options.twist is not None:
+            log_psi = here.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))
+            counts = state.counts._replace(potentials=state.counts.potentials + live)
+            state = steer(state, name, number, log_psi, live)._replace(counts=counts)
+        w = w._replace(done=w.done | dead(state))
         if progress is not None:
             jax.lax.cond(step % 16 == 15, lambda: progress(state.counts.model_calls), lambda: None)
         return step + 1, w, since, state

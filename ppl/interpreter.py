@@ -19,7 +19,7 @@ from .collectives import PARTICLES, index, reindex
 from .errors import TransformationError
 from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, scan_of
 from .lineage import Cell, Frame, Policy, follow_back, resample
-from .program import Staged, loop_bound, need, walks_into
+from .staging import Staged, loop_bound, need, walks_into
 from .state import Faults, State, no_counts, no_faults, pay, steer
 
 Array = jax.Array

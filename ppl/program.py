@@ -1,30 +1,25 @@
-"""Programs and their staging: from a Python function to a jaxpr in which sites are equations."""
+"""Programs: functions whose sites inference interprets."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from functools import update_wrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from . import numpyro_bridge
-from .errors import SiteError, SiteNameError, near_misses
-from .jaxpr import CALLS, all_eqns, body_of, called_jaxpr, inner_jaxprs, is_site, scan_of, structural_key
-from .language_model import LanguageModel
-from .sites import (
-    CONTEXT_SITES,
-    NAMED_SITES,
-    VALUE_SITES,
-    bound_p,
-    flatten,
-    generate_p,
-    plate_p,
-    prompt_p,
-    sample_p,
-    staging,
-    twist_p,
-)
+from .errors import SiteError
+from .run import Settings, execute, label_values
+from .sites import generate_p, sample_p
+from .staging import check_given, stage
+
+
+class Trace(NamedTuple):
+    """One forward run of a program."""
+
+    values: dict[str, Any]
+    """value of every site; a `Text` for generated ones"""
+    returned: Any
+    log_weight: float
+    """nats: what factors, conditions, observations and scored texts paid"""
 
 
 class Program:
@@ -56,17 +51,24 @@ class Program:
         """
         return Program(self.fn, {**self.given, **values})
 
-    def simulate(self, rng_key: jax.Array, *args: Any) -> "Any":
-        """One forward run: a `Trace` with the sites' values, the return value and the log-weight that it picked up."""
-        from .run import simulate
-
-        return simulate(rng_key, self, *args)
+    def simulate(self, rng_key: jax.Array, *args: Any) -> Trace:
+        """One forward run under the prior and the proposals: every site's value, the return value, the log-weight."""
+        staged = stage(self.fn, args)
+        check_given(staged, self.given)
+        output = execute(staged, rng_key, self.given, Settings(1))
+        first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+        returned = staged.out_tree.unflatten(first(output.returned))
+        return Trace(label_values(staged, first(output.values)), returned, float(output.log_weight[0]))
 
     def log_density(self, values: Mapping[str, Any], *args: Any) -> jax.Array:
         """log p(values, conditions), float32[], nats: every random site must be given. Differentiable in `values`."""
-        from .run import log_density
-
-        return log_density(self.condition(values), *args)
+        program = self.condition(values)
+        staged = stage(self.fn, args)
+        check_given(staged, program.given)
+        random = [s.name for s in staged.sites.values() if s.kind in (sample_p.name, generate_p.name)]
+        if missing := [name for name in random if name not in program.given]:
+            raise SiteError(f"log_density needs a value for every random site; {', '.join(map(repr, missing))} has none")
+        return execute(staged, jax.random.key(0), program.given, Settings(1)).log_weight[0]
 
     def __repr__(self) -> str:
         return f"<program {getattr(self.fn, '__name__', 'fn')}{' given ' + ', '.join(self.given) if self.given else ''}>"
@@ -86,240 +88,3 @@ def program(fn: Callable[..., Any]) -> Program:
 
 def as_program(fn: Any) -> Program:
     return fn if isinstance(fn, Program) else Program(fn)
-
-
-@dataclass(frozen=True)
-class Need:
-    """What one stretch of a program needs at most: rows and slots of each model's arena, and enumeration digits."""
-
-    handles: dict[int, int] = field(default_factory=dict)
-    slots: dict[int, int] = field(default_factory=dict)
-
-    def __add__(self, other: "Need") -> "Need":
-        join = lambda a, b: {k: a.get(k, 0) + b.get(k, 0) for k in {*a, *b}}
-        return Need(join(self.handles, other.handles), join(self.slots, other.slots))
-
-    def __mul__(self, times: int) -> "Need":
-        scale = lambda d: {k: v * times for k, v in d.items()}
-        return Need(scale(self.handles), scale(self.slots))
-
-
-@dataclass(frozen=True)
-class Site:
-    """What is known of a named site before anything runs."""
-
-    name: str
-    kind: str
-    number: int
-    dims: tuple[int, ...] = ()
-    """length of each enclosing loop and plate: leading axes of its value"""
-    model: int | None = None
-    max_tokens: int = 0
-    tree: Any = None
-    out: tuple[tuple[int, ...], str] | None = None
-    """shape and dtype of a `sample` site's value"""
-    support: tuple[float, ...] | None = None
-    """the values of one element, where they are finitely many"""
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A staged program: straight JAX code with site equations in it, and the arrays that feed it."""
-
-    jaxpr: Any
-    inputs: list[Any]
-    """arrays of the arguments"""
-    consts: dict[int, Any]
-    """array constants that are inputs of the compiled program, by identity"""
-    models: list[LanguageModel]
-    out_tree: Any
-    sites: dict[str, Site]
-    twists: dict[str, tuple[int, ...]]
-    """name and plate axes of every twist"""
-
-    def _replace_arrays(self) -> "Staged":
-        """The same without its input arrays and weights, for a compiled run to keep."""
-        return replace(self, inputs=[], consts=dict.fromkeys(self.consts), models=[])
-
-    def key(self) -> Any:
-        """Equal for programs that one compiled run serves."""
-        leaves = [jax.tree.flatten(lm) for lm in self.models]
-        return structural_key(self.jaxpr, {c: i for i, c in enumerate(self.consts)}), tuple(tree for _, tree in leaves)
-
-
-CONCRETIZATION = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
-                  jax.errors.TracerBoolConversionError, jax.errors.TracerIntegerConversionError,
-                  jax.errors.NonConcreteBooleanIndexError)  # fmt: skip
-
-
-def _is_static(leaf: Any) -> bool:
-    return not isinstance(leaf, (np.ndarray, jax.Array))
-
-
-def stage(prog: Program, args: tuple[Any, ...]) -> Staged:
-    """Trace a program. Arrays among `args` become inputs; everything else (strings, numbers, functions, models) is static.
-
-    A function that needs concrete arrays (for shapes, say) is staged with them as constants, which are hoisted.
-    """
-    is_model = lambda x: isinstance(x, LanguageModel) or callable(x)
-    leaves, tree = flatten(args, is_model)
-    arrays = [leaf for leaf in leaves if not _is_static(leaf)]
-
-    def run(*traced: Any) -> Any:
-        values = iter(traced)
-        filled = [leaf if _is_static(leaf) else next(values) for leaf in leaves]
-        with numpyro_bridge.intercept():
-            return prog.fn(*tree.unflatten(filled))
-
-    with staging() as context:
-        try:
-            closed, shape = jax.make_jaxpr(run, return_shape=True)(*arrays)
-        except CONCRETIZATION:
-            assert context.models is not None
-            context.models.clear()
-            whole = arrays
-            closed, shape = jax.make_jaxpr(lambda: run(*whole), return_shape=True)()
-            arrays = []
-        models = list(context.models or [])
-    sites = _sites(closed)
-    _check_names(closed)
-    return Staged(closed, arrays, _hoisted(closed), models, jax.tree.structure(shape), sites, _twists(closed, ()))
-
-
-def walks_into(eqn: Any) -> bool:
-    """Whether the interpreter goes through an equation's inner jaxprs itself, rather than binding it whole."""
-    return (eqn.primitive.name in CALLS and called_jaxpr(eqn) is not None and (
-        eqn.primitive.name in ("jit", "pjit") or holds_sites(eqn)
-    )) or (not is_site(eqn) and holds_sites(eqn))  # fmt: skip
-
-
-def holds_sites(eqn: Any) -> bool:
-    return any(is_site(e) for inner in inner_jaxprs(eqn) for e in all_eqns(inner))
-
-
-def _hoisted(closed: Any) -> dict[int, Any]:
-    """Constants along the way that the interpreter walks; it reads them from the inputs of the compiled program."""
-    found = {id(c): c for c in getattr(closed, "consts", ())}
-    for eqn in body_of(closed).eqns:
-        if walks_into(eqn) or eqn.primitive is plate_p:
-            for inner in inner_jaxprs(eqn):
-                found.update(_hoisted(inner))
-    return found
-
-
-def _sites(closed: Any) -> dict[str, Site]:
-    sites: dict[str, Site] = {}
-
-    def visit(closed: Any, dims: tuple[int, ...]) -> None:
-        for eqn in body_of(closed).eqns:
-            p, inside = eqn.params, dims
-            if is_site(eqn) and (name := p.get("name")) and name not in sites:
-                sites[name] = Site(name, eqn.primitive.name, len(sites), dims, p.get("model"), p.get("max_tokens", 0),
-                                   p.get("tree"), p.get("out"), p.get("support"))  # fmt: skip
-            if eqn.primitive is plate_p:
-                inside = (*dims, p["size"])
-            elif holds_sites(eqn) and eqn.primitive.name == "scan":
-                inside = (*dims, scan_of(eqn).length)
-            elif holds_sites(eqn) and eqn.primitive.name == "while":
-                inside = (*dims, loop_bound(eqn)[0])
-            for inner in inner_jaxprs(eqn):
-                visit(inner, inside)
-
-    visit(closed, ())
-    return sites
-
-
-def _check_names(closed: Any) -> set[str]:
-    """Names of a jaxpr's sites; the same name is legal only in exclusive branches of one `cond`."""
-    seen: set[str] = set()
-
-    def add(names: set[str]) -> None:
-        if repeated := seen & names:
-            name = sorted(repeated)[0]
-            raise SiteNameError(
-                f"site {name!r} is declared twice; names are unique, save in exclusive branches of one `lax.cond`: rename "
-                "one, or put it under `with ppl.scope(...)`"
-            )
-        seen.update(names)
-
-    for eqn in body_of(closed).eqns:
-        if eqn.primitive in NAMED_SITES:
-            add({eqn.params["name"]})
-        inner = [_check_names(j) for j in inner_jaxprs(eqn) if not is_site(eqn) or eqn.primitive is plate_p]
-        if eqn.primitive.name == "cond":
-            add(set().union(*inner))
-        else:
-            for names in inner:
-                add(names)
-    return seen
-
-
-def _twists(closed: Any, plates: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for eqn in body_of(closed).eqns:
-        if eqn.primitive is twist_p or (eqn.primitive is generate_p and eqn.params["twist"] is not None):
-            found[eqn.params["name"]] = plates
-        elif not is_site(eqn) or eqn.primitive is plate_p:
-            inside = (*plates, eqn.params["size"]) if eqn.primitive is plate_p else plates
-            for inner in inner_jaxprs(eqn):
-                found.update(_twists(inner, inside))
-    return found
-
-
-def need(closed: Any, *, nested: bool = False) -> Need:
-    """Rows and slots that one pass through a jaxpr may take, loops unrolled and every branch counted."""
-    total = Need()
-    for eqn in body_of(closed).eqns:
-        if eqn.primitive in CONTEXT_SITES:
-            m, p = eqn.params["model"], eqn.params
-            slots = p.get("max_tokens") or eqn.invars[-1].aval.shape[0]
-            if eqn.primitive is prompt_p and not nested:
-                slots = 0  # a prompt outside of loops has a block of its own
-            total += Need({m: 1}, {m: slots})
-        elif eqn.primitive is plate_p:
-            continue  # its elements have arenas of their own
-        elif eqn.primitive.name == "scan" and holds_sites(eqn):
-            total += need(eqn.params["jaxpr"], nested=True) * scan_of(eqn).length
-        elif eqn.primitive.name == "while" and holds_sites(eqn):
-            total += need(eqn.params["body_jaxpr"], nested=True) * loop_bound(eqn)[0]
-        elif walks_into(eqn):
-            for inner in inner_jaxprs(eqn):
-                total += need(inner, nested=nested or eqn.primitive.name == "cond")
-    return total
-
-
-def loop_bound(eqn: Any) -> tuple[int, bool]:
-    """The bound that a `while` with sites declares in its body, and whether it truncates there."""
-
-    def bounds(closed: Any) -> list[Any]:
-        found = []
-        for e in body_of(closed).eqns:
-            if e.primitive is bound_p:
-                found.append(e)
-            elif e.primitive.name not in ("while", "scan"):  # an inner loop has a bound of its own
-                found += [b for inner in inner_jaxprs(e) for b in bounds(inner)]
-        return found
-
-    declared = bounds(eqn.params["body_jaxpr"])
-    if not declared:
-        name = next((e.params["name"] for e in all_eqns(eqn.params["body_jaxpr"]) if is_site(e)), "?")
-        raise SiteError(f"site {name!r} stands in a while loop without a bound: call `ppl.bound(max_steps)` in the loop's body")
-    return declared[0].params["max_steps"], declared[0].params["truncate"]
-
-
-def check_given(staged: Staged, given: Mapping[str, Any]) -> None:
-    """Every given name must be a random site."""
-    random = {s.name for s in staged.sites.values() if s.kind in (sample_p.name, generate_p.name)}
-    for name in given:
-        if name not in random:
-            kind = staged.sites[name].kind if name in staged.sites else None
-            what = f"is a {kind} site, which has no value to give" if kind else "does not exist"
-            raise SiteNameError(f"site {name!r} {what}; {near_misses(name, random)}")
-
-
-def value_sites(staged: Staged) -> list[Site]:
-    kinds = {p.name for p in VALUE_SITES}
-    return [s for s in staged.sites.values() if s.kind in kinds]
-
-
-__all__ = ["Program", "Staged", "as_program", "program", "stage"]

@@ -19,8 +19,8 @@ from .errors import (
 )
 from .interpreter import Interpreter, first_state
 from .lineage import Policy
-from .program import Program, Site, Staged, as_program, check_given, stage, value_sites
 from .sites import flatten, generate_p, sample_p
+from .staging import Site, Staged, value_sites
 from .state import Counts, Faults
 from .text import Text
 
@@ -64,16 +64,6 @@ class Output(NamedTuple):
     root: Array
 
 
-class Trace(NamedTuple):
-    """One forward run of a program."""
-
-    values: dict[str, Any]
-    """value of every site; a `Text` for generated ones"""
-    returned: Any
-    log_weight: float
-    """nats: what factors, conditions, observations and scored texts paid"""
-
-
 _compiled: OrderedDict[Any, Any] = OrderedDict()
 MAX_COMPILED = 128
 traced = 0
@@ -96,7 +86,7 @@ def execute(staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: 
 def _runner(staged: Staged, settings: Settings) -> Any:
     trees = [flatten(lm)[1] for lm in staged.models]
     ids = list(staged.consts)
-    staged = staged._replace_arrays()
+    staged = staged.skeleton()
 
     def run(rng_key: Array, first: Array, inputs: list[Any], consts: list[Any], leaves: list[Any], given: Any) -> Output:
         global traced
@@ -205,27 +195,3 @@ def label_values(staged: Staged, values: Mapping[str, Any]) -> dict[str, Any]:
             text = site.kind == generate_p.name
             labelled[site.name] = Text(*value, staged.models[site.model or 0]) if text else value  # type: ignore[call-arg]
     return labelled
-
-
-def simulate(rng_key: Array, prog: Any, *args: Any) -> Trace:
-    """One forward run of a program under its prior and proposals."""
-    prog = as_program(prog)
-    staged = stage(prog, args)
-    check_given(staged, prog.given)
-    output = execute(staged, rng_key, prog.given, Settings(1))
-    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-    returned = staged.out_tree.unflatten(first(output.returned))
-    return Trace(label_values(staged, first(output.values)), returned, float(output.log_weight[0]))
-
-
-def log_density(prog: Program, *args: Any) -> Array:
-    """log density float32[] of a program whose random sites are all given."""
-    staged = stage(prog, args)
-    check_given(staged, prog.given)
-    random = [s.name for s in staged.sites.values() if s.kind in (sample_p.name, generate_p.name)]
-    if missing := [name for name in random if name not in prog.given]:
-        raise SiteError(f"log_density needs a value for every random site; {', '.join(map(repr, missing))} has none")
-    return execute(staged, jax.random.key(0), prog.given, Settings(1)).log_weight[0]
-
-
-__all__ = ["Output", "Settings", "Trace", "check_faults", "execute", "label_values", "log_density", "simulate"]

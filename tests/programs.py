@@ -1,6 +1,7 @@
 """Small models, and an oracle that enumerates programs written in plain Python."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ def hmm(states: int, vocab_size: int, *, eos_id: int = 0, seed: int = 0) -> mode
     return models.HMMLM(*(1.5 * rng.normal(size=s) for s in shapes), eos_id, vocabulary=tuple(LETTERS[:vocab_size]))
 
 
+@cache
 def next_probs(lm: Any, tokens: tuple[int, ...] = ()) -> np.ndarray:
     """float64[V]: the model's next-token probabilities after `tokens`, by one pass over the whole sequence."""
     ids = np.asarray([lm.start_id, *tokens] if not tokens or isinstance(lm, models.HMMLM) else tokens, np.int32)

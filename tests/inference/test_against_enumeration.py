@@ -17,7 +17,7 @@ from programs import padded
 
 from latentrace import inference, ppl
 from latentrace.inference import driver
-from latentrace.ppl.program import stage
+from latentrace.ppl.staging import stage
 
 M3 = programs.markov(3, seed=1)
 M2 = programs.markov(2, seed=2)

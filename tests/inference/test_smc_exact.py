@@ -18,7 +18,7 @@ from latentrace import inference, ppl
 from latentrace.inference.smc.smc import ResampleBelow
 from latentrace.ppl.collectives import PARTICLES, index
 from latentrace.ppl.interpreter import Interpreter, first_state
-from latentrace.ppl.program import stage
+from latentrace.ppl.staging import stage
 
 N, V, EOS = 2, 3, 2
 LM = programs.markov(V, eos_id=EOS, seed=3)

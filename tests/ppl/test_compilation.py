@@ -10,6 +10,7 @@ import programs
 import pytest
 
 from latentrace import inference, models, ppl
+from latentrace.ppl.staging import stage
 
 run = importlib.import_module("latentrace.ppl.run")
 LM = programs.markov(3, seed=1)
@@ -160,7 +161,7 @@ def peak_memory(num_particles: int, prompt: int) -> int:
     lm = programs.wide_cache_model()
     ids = [1] * prompt
     fn = ppl.program(lambda: ppl.generate("x", ppl.prompt(lm, ids), max_tokens=4, twist=lambda t: 0.1 * t.length)[0].tokens)
-    staged = run.stage(fn, ())
+    staged = stage(fn, ())
     policy = importlib.import_module("latentrace.inference.smc.smc").ResampleBelow(1.1, "systematic", True)
     call = jax.jit(run._runner(staged, run.Settings(num_particles, policy=policy)))
     leaves = [jax.tree.leaves(m) for m in staged.models]

@@ -17,7 +17,7 @@ SMC = inference.SMC(4)
 
 def stage(fn):
     """Stage a program; errors found before any computation appear here."""
-    from latentrace.ppl.program import stage
+    from latentrace.ppl.staging import stage
 
     return stage(ppl.program(fn), ())
 
