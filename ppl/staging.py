@@ -117,8 +117,8 @@ def stage(fn: Callable[..., Any], args: tuple[Any, ...]) -> Staged:
             closed, shape = jax.make_jaxpr(lambda: run(*whole), return_shape=True)()
             arrays = []
         models = list(context.models or [])
-    sites = _sites(closed)
     _check_names(closed)
+    sites = _sites(closed)
     return Staged(closed, arrays, _hoisted(closed), models, jax.tree.structure(shape), sites, _twists(closed, ()))
 
 

@@ -672,16 +672,39 @@ def check_sampler(problem, algorithm):
     assert (np.abs(t) < LIMIT).all(), (t, estimates.mean(0), truth)
 
 
+NAMES = sorted(CASES)
+THIRD = NAMES[::3]
+"""Sampled comparisons compile for seconds each: the default run takes a third of them, the slow one the rest."""
+
+
+def problems(*, of_third: bool) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("problem", [n for n in NAMES if (n in THIRD) == of_third], indirect=True)
+
+
 @pytest.mark.usefixtures("staged_once")
+@problems(of_third=True)
 def test_smc_that_always_resamples(problem):
     check_sampler(problem, inference.SMC(PARTICLES, ess_threshold=1.1))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("staged_once")
-@pytest.mark.parametrize("granularity", ["token", "site"])
-def test_smc_that_resamples_when_due(problem, granularity):
-    check_sampler(problem, inference.SMC(PARTICLES, ess_threshold=0.5, granularity=granularity))
+@problems(of_third=False)
+def test_smc_that_always_resamples_on_the_rest(problem):
+    check_sampler(problem, inference.SMC(PARTICLES, ess_threshold=1.1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("staged_once")
+def test_smc_that_resamples_when_due(problem):
+    check_sampler(problem, inference.SMC(PARTICLES))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("staged_once")
+@problems(of_third=True)
+def test_smc_that_resamples_between_sites(problem):
+    check_sampler(problem, inference.SMC(PARTICLES, granularity="site"))
 
 
 @pytest.mark.slow

@@ -304,7 +304,7 @@ def test_simulate_returns_what_the_run_paid():
         + stats.norm([0, 1], values["scale"]).logpdf(values["z"]).sum()
     )
     text = values["x"]
-    logits = np.array([np.log(programs.next_probs(LM, tuple(text.tokens[:i]))) for i in range(int(text.length))])
+    logits = np.array([np.log(programs.next_probs(LM, tuple(text.tokens[:i].tolist()))) for i in range(int(text.length))])
     tempered = jax.nn.log_softmax(jnp.asarray(logits) / (1 + values["scale"]))
     proposed = sum(tempered[i, t] for i, t in enumerate(text.tokens[: int(text.length)]))
     joint = mixed.log_density(values, np.float32(0.4))
