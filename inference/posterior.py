@@ -221,8 +221,7 @@ class Posterior:
             raise ImportError("to_arviz needs ArviZ: pip install 'latentrace[plots]'") from error
 
         draws = self.sample(jax.random.key(0), len(self.log_weights))
-        group = {name: _plain(value)[None] for name, value in draws.values.items()}
-        raw = {name: _plain(value)[None] for name, value in self.values.items()}
+        group, raw = _columns(draws.values), _columns(self.values)
         raw["log_weight"] = self.log_weights[None]
         raw["ancestor"] = (np.arange(len(self.log_weights)) if self.roots is None else self.roots)[None]
         if int(arviz.__version__.split(".")[0]) >= 1:
@@ -240,5 +239,12 @@ class Posterior:
         )
 
 
-def _plain(value: Any) -> np.ndarray:
-    return np.asarray(list(map(str, readable(value))) if isinstance(value, Text) else value)
+def _columns(values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Sites as arrays with a leading axis of one chain; a pytree's leaves become `site.leaf`, texts become strings."""
+    columns = {}
+    for name, value in values.items():
+        leaves, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: isinstance(x, Text))
+        for path, leaf in leaves:
+            array = np.asarray(list(map(str, readable(leaf))) if isinstance(leaf, Text) else leaf)
+            columns[".".join([name, *[jax.tree_util.keystr((k,), simple=True) for k in path]])] = array[None]
+    return columns

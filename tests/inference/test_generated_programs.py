@@ -184,7 +184,7 @@ def check(lm: Any, tree: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(tree=statements.filter(lambda tree: 1 < size(tree, 2) <= 2000), lm=st.sampled_from(sorted(MODELS)))
 def test_generated_programs(tree, lm):
     check(MODELS[lm], tree)
@@ -198,6 +198,7 @@ NESTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lm", MODELS)
 def test_a_nested_program(lm):
     check(MODELS[lm], NESTED)

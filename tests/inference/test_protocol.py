@@ -163,6 +163,7 @@ def test_arviz(posterior):
     n = len(posterior.log_weights)
     assert data.posterior["k"].shape == (1, n)
     assert data.posterior["head"].dtype.kind in "UO"
+    assert data.posterior["total.length"].shape == (1, n)
     np.testing.assert_array_equal(data.particles["log_weight"][0], posterior.log_weights)
 
 
