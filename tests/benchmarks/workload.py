@@ -76,7 +76,8 @@ def matrix_rate(n: int = 2048, repeats: int = 10) -> float:
 
 def peer(args: argparse.Namespace, system: str, task: str) -> float | None:
     """Best tokens per second that a peer system reaches on a task."""
-    command = [args.peers_python, args.peers_script, system, args.checkpoint, "-n", PARTICLES, "-t", NEW_TOKENS, "--task", task]
+    command = [args.peers_python, args.peers_script, system, args.checkpoint, "-n", PARTICLES, "-t", NEW_TOKENS]
+    command += ["--task", task, "--repeats", args.peers_repeats]
     run = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     if not rows:
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers-python")
     parser.add_argument("--peers-script")
+    parser.add_argument("--peers-repeats", type=int, default=2)
     args = parser.parse_args()
     lm = models.load(args.checkpoint) if args.checkpoint else random_model("small" if args.small else "135m")
     ids = (np.arange(PROMPT_TOKENS) * 37 % 50000).tolist()
