@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .arena import Row, add_row, append, claim, read_row
 from .collectives import anybody, index, reindex
 from .lineage import Policy, resample
-from .state import note_overflow, pay, steer
+from .state import note_overflow, pay, steer, with_arena
 from .text import Text
 
 if TYPE_CHECKING:
@@ -144,10 +144,9 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
             stop_state=stop_state,
             constraint_state=constraint_state,
         )
-        arenas = (*state.arenas[:model], arena, *state.arenas[model + 1 :])
         counts = state.counts._replace(generated=state.counts.generated + live, model_calls=state.counts.model_calls + 1)
         faults = state.faults._replace(restricted=state.faults.restricted | (live & restricted))
-        state = state._replace(arenas=arenas, choices=choices, counts=counts, faults=faults)
+        state = with_arena(state, model, arena)._replace(choices=choices, counts=counts, faults=faults)
         state = note_overflow(state, number, live & (row.position + 1 > lm.max_length))
         # without a proposal nothing is paid, but a model that answers NaN is noted
         ratio = log_p - log_q if moves else jnp.where(jnp.isnan(log_p), jnp.nan, 0.0)
@@ -164,7 +163,7 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
     start = (jnp.int32(0), writing, me, run.state)
     _, w, since, run.state = jax.lax.while_loop(going, one_token, start)
     arena, handle = add_row(run.state.arenas[model], w.row)
-    run.state = run.state._replace(arenas=(*run.state.arenas[:model], arena, *run.state.arenas[model + 1 :]))
+    run.state = with_arena(run.state, model, arena)
     if inside:
         run.frame.lineage.append(since)
     outputs = [run.frame.put(x) for x in (w.tokens, w.length, w.ended, w.log_probs, handle)]
@@ -222,7 +221,7 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
     log_probs = jnp.where(inside, log_probs, 0.0)
     ends = jnp.where(length > 0, given[jnp.maximum(length - 1, 0)] == lm.eos_id, row.finished)
     arena, handle = add_row(arena, row._replace(finished=ends))
-    run.state = run.state._replace(arenas=(*run.state.arenas[:model], arena, *run.state.arenas[model + 1 :]))
+    run.state = with_arena(run.state, model, arena)
     run.count(model_calls=1, scored=count)
     over = (count > 0) & (row.position + 1 > lm.max_length)
     run.state = note_overflow(run.state, run.staged.sites[name].number, over)

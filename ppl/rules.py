@@ -12,7 +12,7 @@ from . import sites
 from .arena import add_row, append, last_tokens, prefill, read_row, start_row
 from .choices import Spec
 from .decode import decode, replay
-from .state import note_overflow
+from .state import note_overflow, with_arena
 from .text import PAD
 
 if TYPE_CHECKING:
@@ -97,11 +97,6 @@ def bound(run: "Interpreter", **_: Any) -> list[Any]:
     return []
 
 
-def _set_arena(run: "Interpreter", model: int, arena: Any) -> None:
-    arenas = run.state.arenas
-    run.state = run.state._replace(arenas=(*arenas[:model], arena, *arenas[model + 1 :]))
-
-
 def prompt(run: "Interpreter", tokens: Array, *, model: int, name: str) -> list[Any]:
     lm, arena = run.models[model], run.state.arenas[model]
     row, count = start_row(lm, arena), (tokens != PAD).sum().astype(jnp.int32)
@@ -116,7 +111,7 @@ def prompt(run: "Interpreter", tokens: Array, *, model: int, name: str) -> list[
         row = row._replace(prompt=jnp.int32(len(run.prompts[model])), position=block.cached, pending=pending)
         run.prompts[model].append(run.frame.put(block))
     arena, handle = add_row(arena, row)
-    _set_arena(run, model, arena)
+    run.state = with_arena(run.state, model, arena)
     run.count(model_calls=1)
     return [handle]
 
@@ -144,7 +139,7 @@ def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, 
     # observed text may end the context; given text goes on after one that had ended
     finished = jnp.where(given > 0, clean[jnp.maximum(given - 1, 0)] == lm.eos_id if scored else False, row.finished)
     arena, new_handle = add_row(arena, after._replace(finished=finished))
-    _set_arena(run, model, arena)
+    run.state = with_arena(run.state, model, arena)
     run.count(model_calls=1)
     if scored is not None:
         run.count(scored=count)

@@ -50,6 +50,11 @@ class State(NamedTuple):
     """int32[]: this particle's ancestor at the start of the run"""
 
 
+def with_arena(state: State, model: int, arena: Arena) -> State:
+    """The state with another arena for one model."""
+    return state._replace(arenas=(*state.arenas[:model], arena, *state.arenas[model + 1 :]))
+
+
 def no_faults() -> Faults:
     none = jnp.int32(-1)
     return Faults(none, none, none, none, none, jnp.asarray(False))
