@@ -1,20 +1,27 @@
 """Language models: transformers in Hugging Face layout, Markov and hidden Markov models, and the shipped reasoner."""
 
+from latentrace.models.config import LayerOptions, TransformerConfig
 from latentrace.models.errors import CheckpointError
 from latentrace.models.hmm import HMMLM
-from latentrace.models.loading import load, save
+from latentrace.models.loading import load, load_reward, save
 from latentrace.models.markov import MarkovLM
+from latentrace.models.reward import RewardModel
+from latentrace.models.rotary import Rope
 from latentrace.models.tokenizer import Tokenizer
-from latentrace.models.transformer import Transformer, TransformerConfig, TransformerLM
+from latentrace.models.transformer import Transformer, TransformerLM
 
 __all__ = [
     "HMMLM",
     "CheckpointError",
+    "LayerOptions",
     "MarkovLM",
+    "RewardModel",
+    "Rope",
     "Tokenizer",
     "Transformer",
     "TransformerConfig",
     "TransformerLM",
     "load",
+    "load_reward",
     "save",
 ]

@@ -1,21 +1,34 @@
 """Directories in Hugging Face layout: config.json, safetensors weights, tokenizer files."""
 
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from latentrace.models.config import TransformerConfig
 from latentrace.models.errors import CheckpointError
+from latentrace.models.families import FAMILIES, Names
 from latentrace.models.hf_config import read_config, read_json, to_hf_config, token_name
+from latentrace.models.lora import Adapter
+from latentrace.models.sharding import place
+from latentrace.models.tensor_files import TensorFiles
 from latentrace.models.tokenizer import Tokenizer
-from latentrace.models.transformer import Transformer, TransformerConfig, TransformerLM
+from latentrace.models.transformer import Transformer, TransformerLM
+
+UNUSED = re.compile(
+    r"rotary_emb\.inv_freq$|(attn|attention)\.(bias|masked_bias)$|^(vision_tower|vision_model|multi_modal_projector)\."
+)
+"""Tensors that are constants, or belong to parts of a multimodal model that text does not need."""
+TIED = re.compile(rf"{UNUSED.pattern}|^lm_head\.")
+"""The same where the head is the embedding, which may be stored twice."""
 
 
 @dataclass(frozen=True)
@@ -23,148 +36,182 @@ class Weight:
     """One array of a `Transformer` and the tensors on disk that make it up."""
 
     path: tuple[Any, ...]
+    shape: tuple[int, ...]
     names: tuple[str, ...]
-    """Tensors joined along their first axis (outputs)."""
-    shapes: tuple[tuple[int, ...], ...]
+    """Tensors joined by rows (outputs); names without prefix."""
+    rows: tuple[int, ...]
+    """Rows of each tensor."""
+    transposed: bool = False
+    grouped: tuple[int, int, int] | None = None
+    """(kv_heads, group, head_dim) where rows are all queries, all keys, all values on disk, by key-value head here."""
+
+    @property
+    def disk_shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each tensor on disk."""
+        rest = self.shape[len(self.shape) - self.inner :]
+        shapes = [(rows, *rest) for rows in self.rows]
+        return [shape[::-1] if self.transposed else shape for shape in shapes]
+
+    @property
+    def inner(self) -> int:
+        """Number of axes after the rows: 1 for matrices, 0 for vectors."""
+        size = int(np.prod(self.shape))
+        return 0 if sum(self.rows) == size else 1
+
+    def join(self, tensors: list[np.ndarray]) -> np.ndarray:
+        """The array made of the tensors."""
+        parts = [tensor.T if self.transposed else tensor for tensor in tensors]
+        if self.grouped:
+            kv_heads, group, head_dim = self.grouped
+            joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            bounds = np.cumsum([kv_heads * group, kv_heads]) * head_dim
+            heads = [part.reshape(kv_heads, -1, head_dim, *joined.shape[1:]) for part in np.split(joined, bounds)]
+            return np.concatenate(heads, axis=1)
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined.reshape(self.shape)
+
+    def split(self, value: np.ndarray) -> list[np.ndarray]:
+        """The tensors that make the array: the inverse of `join`."""
+        rest = self.shape[len(self.shape) - self.inner :]
+        if self.grouped:
+            group = self.grouped[1]
+            value = np.concatenate([part.reshape(-1, *rest) for part in np.split(value, [group, group + 1], axis=1)])
+        parts = np.split(value.reshape(-1, *rest), np.cumsum(self.rows)[:-1])
+        return [np.ascontiguousarray(part.T if self.transposed else part) for part in parts]
 
 
 def weight_table(config: TransformerConfig) -> Iterator[Weight]:
     """Every array of the model of `config`, with its place on disk."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield Weight(("embedding",), ("model.embed_tokens.weight",), ((config.vocab_size, hidden),))
+    names, hidden = FAMILIES[config.family].names, config.hidden_size
+    matrix = (config.vocab_size, hidden)
+    yield Weight(("embedding",), matrix, (f"{names.embedding}.weight",), matrix[:1])
+    if config.learned_positions:
+        yield Weight(("positions",), (config.max_length, hidden), (f"{names.positions}.weight",), (config.max_length,))
     for i in range(config.num_layers):
-        disk, here = f"model.layers.{i}", ("layers", i)
-        yield Weight((*here, "attention_norm", "scale"), (f"{disk}.input_layernorm.weight",), ((hidden,),))
-        yield Weight((*here, "mlp_norm", "scale"), (f"{disk}.post_attention_layernorm.weight",), ((hidden,),))
-        names = tuple(f"{disk}.self_attn.{part}_proj" for part in "qkv")
-        yield from _linear((*here, "attention", "qkv"), names, (queries, keys, keys), hidden, config.qkv_bias)
-        names = (f"{disk}.self_attn.o_proj",)
-        yield from _linear((*here, "attention", "out"), names, (hidden,), queries, config.out_bias)
-        names = (f"{disk}.mlp.gate_proj", f"{disk}.mlp.up_proj")
-        yield from _linear((*here, "mlp", "gate_up"), names, (inner, inner), hidden, config.mlp_bias)
-        yield from _linear((*here, "mlp", "down"), (f"{disk}.mlp.down_proj",), (hidden,), inner, config.mlp_bias)
-    yield Weight(("norm", "scale"), ("model.norm.weight",), ((hidden,),))
+        for weight in _layer_weights(config, names):
+            on_disk = tuple(f"{names.layer.format(i)}.{name}" for name in weight.names)
+            yield replace(weight, path=("layers", i, *weight.path), names=on_disk)
+    yield from _norm(config, ("norm",), names.norm, (hidden,))
     if not config.tied:
-        yield Weight(("head",), ("lm_head.weight",), ((config.vocab_size, hidden),))
+        yield Weight(("head",), matrix, (f"{names.head}.weight",), matrix[:1])
 
 
-def _linear(
-    path: tuple[Any, ...], names: tuple[str, ...], outputs: tuple[int, ...], inputs: int, bias: bool
-) -> Iterator[Weight]:
-    kernels = tuple((size, inputs) for size in outputs)
-    yield Weight((*path, "kernel"), tuple(f"{name}.weight" for name in names), kernels)
-    if bias:
-        yield Weight((*path, "bias"), tuple(f"{name}.bias" for name in names), tuple((size,) for size in outputs))
-
-
-def load_directory(directory: Path) -> TransformerLM:
-    """The language model of a directory; everything is checked before any weight is read."""
-    tokenizer_config = read_json(directory / "tokenizer_config.json", required=False)
-    path = directory / "tokenizer.json"
-    bare = Tokenizer.from_file(path) if path.exists() else None
-    config = read_config(directory, bare, tokenizer_config)
-    tokenizer = None if bare is None else Tokenizer(bare.definition, config.bos_id, config.eos_id)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{path} has {tokenizer.vocab_size} tokens but vocab_size in config.json is {config.vocab_size}; "
-            "the two belong to different models"
+def _layer_weights(config: TransformerConfig, names: Names) -> Iterator[Weight]:
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    kv_heads, group = config.num_kv_heads, config.group
+    for place_, wanted in (("", ("before", "both")), ("_post", ("after", "both"))):
+        if config.norm_places in wanted:
+            for block in ("attention", "mlp"):
+                yield from _norm(config, (f"{block}{place_}_norm",), getattr(names, f"{block}{place_}_norm"), (hidden,))
+    queries, keys = config.num_heads * head_dim, kv_heads * head_dim
+    rows = (queries, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,)
+    outputs, grouped = (kv_heads, group + 2, head_dim), None if names.by_head else (kv_heads, group, head_dim)
+    yield from _linear(names, ("attention", "qkv"), names.qkv, rows, outputs, hidden, config.qkv_bias, grouped)
+    yield from _linear(names, ("attention", "out"), (names.out,), (hidden,), (hidden,), queries, config.out_bias)
+    if config.qk_norm:
+        whole = config.qk_norm == "all"
+        yield from _norm(
+            config, ("attention", "query_norm"), names.query_norm, (kv_heads, group, head_dim) if whole else (head_dim,)
         )
-    shards = _tensor_files(directory)
-    table = list(weight_table(config))
-    _check_tensors(directory, shards, table, config)
-    module = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    return TransformerLM(_read_weights(shards, table), nnx.split(module)[0], config, tokenizer)
+        yield from _norm(config, ("attention", "key_norm"), names.key_norm, (kv_heads, head_dim) if whole else (head_dim,))
+    count = 1 + config.gated
+    rows = (inner,) * count if len(names.up) == count else (count * inner,)
+    yield from _linear(names, ("mlp", "up"), names.up, rows, (count, inner), hidden, config.mlp_bias)
+    yield from _linear(names, ("mlp", "down"), (names.down,), (hidden,), (hidden,), inner, config.mlp_bias)
 
 
-def save_directory(lm: TransformerLM, directory: Path, dtype: Any = np.float32) -> None:
+def _norm(config: TransformerConfig, path: tuple[Any, ...], name: str, shape: tuple[int, ...]) -> Iterator[Weight]:
+    rows = (int(np.prod(shape)),)
+    yield Weight((*path, "scale"), shape, (f"{name}.weight",), rows)
+    if config.norm == "layer":
+        yield Weight((*path, "bias"), shape, (f"{name}.bias",), rows)
+
+
+def _linear(names: Names, path: tuple[Any, ...], on_disk: tuple[str, ...], rows: tuple[int, ...], outputs: tuple[int, ...],
+            inputs: int, bias: bool, grouped: tuple[int, int, int] | None = None) -> Iterator[Weight]:  # fmt: skip
+    kernels = tuple(f"{name}.weight" for name in on_disk)
+    yield Weight((*path, "kernel"), (*outputs, inputs), kernels, rows, names.transposed, grouped)
+    if bias:
+        yield Weight((*path, "bias"), outputs, tuple(f"{name}.bias" for name in on_disk), rows, False, grouped)
+
+
+class Checkpoint:
+    """A directory whose configuration, tokenizer, and tensors' names, shapes and dtypes have been checked, none read yet."""
+
+    def __init__(self, directory: Path, dtype: str, max_length: int | None, adapter: Path | None = None, head: str = ""):
+        """`head` names a tensor [K, hidden] that takes the place of the output head."""
+        tokenizer_config = read_json(directory / "tokenizer_config.json", required=False)
+        path = directory / "tokenizer.json"
+        bare = Tokenizer.from_file(path) if path.exists() else None
+        self.config = read_config(directory, bare, tokenizer_config, max_length, dtype)
+        self.config = replace(self.config, tied=True) if head else self.config
+        self.tokenizer = None
+        if bare is not None:
+            template = _chat_template(directory, tokenizer_config)
+            self.tokenizer = Tokenizer(bare.definition, self.config.bos_id, self.config.eos_id, template)
+            if bare.vocab_size > self.config.vocab_size:
+                raise CheckpointError(
+                    f"{path} has {bare.vocab_size} tokens but vocab_size in config.json is {self.config.vocab_size}; "
+                    "the two belong to different models"
+                )
+        self.files = TensorFiles(directory)
+        self.table = list(weight_table(self.config))
+        expected = {name: shape for weight in self.table for name, shape in zip(weight.names, weight.disk_shapes)}
+        if head:
+            expected[head] = (self.files.rows(head), self.config.hidden_size)
+        self.files.check(expected, TIED if self.config.tied else UNUSED)
+        self.changes = None if adapter is None else Adapter(adapter, set(expected))
+
+    def read(self) -> TransformerLM:
+        """The language model. Arrays are read one at a time, so that never more than one of them is in memory twice."""
+        weights: dict = {}
+        for weight in self.table:
+            tensors = [self.files.read(name) for name in weight.names]
+            if self.changes is not None:
+                tensors = [self.changes.apply(name, tensor) for name, tensor in zip(weight.names, tensors)]
+            matrix = weight.path[-1] in {"kernel", "embedding", "positions", "head"}
+            value = weight.join(tensors).astype(self.config.dtype if matrix else np.float32)
+            _put(weights, weight.path, place(weight.path, value))
+        module = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
+        return TransformerLM(weights, nnx.split(module)[0], self.config, self.tokenizer)
+
+
+def save_directory(lm: TransformerLM, directory: Path, dtype: Any = None) -> None:
     """Write config.json, model.safetensors in `dtype`, and the tokenizer's files where the model has one."""
+    dtype = jnp.dtype(dtype or lm.config.dtype)
+    raw = to_hf_config(lm.config) | {"torch_dtype": dtype.name}
     directory.mkdir(parents=True, exist_ok=True)
-    dtype = jnp.dtype(dtype)
+    names = FAMILIES[lm.config.family].names
     tensors: dict[str, np.ndarray] = {}
     for weight in weight_table(lm.config):
         value = np.asarray(_get(lm.weights, weight.path)).astype(dtype)
-        bounds = np.cumsum([shape[0] for shape in weight.shapes])[:-1]
-        tensors |= {n: np.ascontiguousarray(part) for n, part in zip(weight.names, np.split(value, bounds))}
+        prefix = "" if weight.path == ("head",) else names.prefix
+        tensors |= {prefix + name: part for name, part in zip(weight.names, weight.split(value))}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    _write_json(directory / "config.json", to_hf_config(lm.config, dtype.name))
+    _write_json(directory / "config.json", raw)
     special = {"bos_token_id": lm.config.bos_id, "eos_token_id": lm.config.eos_id}
     _write_json(directory / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     if lm.tokenizer is not None:
         (directory / "tokenizer.json").write_text(lm.tokenizer.definition, encoding="utf-8")
-        names = {key.removesuffix("_id"): token_name(lm.tokenizer, index) for key, index in special.items()}
+        spelt = {key.removesuffix("_id"): token_name(lm.tokenizer, index) for key, index in special.items()}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        settings |= {"model_max_length": lm.config.max_length}
-        _write_json(directory / "tokenizer_config.json", settings | {k: v for k, v in names.items() if v is not None})
+        settings |= {"model_max_length": lm.config.max_length, "chat_template": lm.tokenizer.chat_template} | spelt
+        _write_json(directory / "tokenizer_config.json", {k: v for k, v in settings.items() if v is not None})
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        files = [single]
-    elif index.exists():
-        files = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
-    else:
-        other = sorted(p.name for p in directory.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf"})
-        hint = f"; {', '.join(other)} cannot be read, convert to safetensors" if other else ""
-        raise CheckpointError(f"{directory} has neither {single.name} nor {index.name}{hint}")
-    found: dict[str, Path] = {}
-    for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{index} names {file.name}, which is missing; copy all shards of the model")
-        with _open(file) as tensors:
-            found |= dict.fromkeys(tensors.keys(), file)
-    return found
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file ({error}); download it again") from error
-
-
-def _check_tensors(directory: Path, found: dict[str, Path], table: list[Weight], config: TransformerConfig) -> None:
-    """Every tensor is there, with its shape and a float dtype, and no other is (it would silently be left out)."""
-    expected = {name: shape for weight in table for name, shape in zip(weight.names, weight.shapes)}
-    missing = [name for name in expected if name not in found]
-    if missing:
-        hint = "; set tie_word_embeddings to true if the head is the embedding" if missing == ["lm_head.weight"] else ""
-        raise CheckpointError(f"{directory} lacks {len(missing)} tensor(s): {', '.join(missing[:3])}{hint}")
-    ignored = {"lm_head.weight"} if config.tied else set()
-    unknown = [n for n in found if n not in expected and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
-    if unknown:
-        raise CheckpointError(
-            f"{found[unknown[0]]} holds {len(unknown)} tensor(s) that this architecture has no place for: "
-            f"{', '.join(unknown[:3])}; check model_type, attention_bias and mlp_bias in config.json"
-        )
-    for file in sorted(set(found.values())):
-        with _open(file) as tensors:
-            for name in (name for name in expected if found[name] == file):
-                part = tensors.get_slice(name)
-                if tuple(part.get_shape()) != expected[name]:
-                    raise CheckpointError(
-                        f"{name} in {file} has shape {tuple(part.get_shape())}, config.json implies {expected[name]}"
-                    )
-                if part.get_dtype() not in {"F32", "F16", "BF16"}:
-                    raise CheckpointError(
-                        f"{name} in {file} is stored as {part.get_dtype()}; save it as float32, float16 or bfloat16"
-                    )
-
-
-def _read_weights(found: dict[str, Path], table: list[Weight]) -> dict:
-    files = {file: _open(file) for file in set(found.values())}
-    weights: dict = {}
-    for weight in table:
-        parts = [files[found[name]].get_tensor(name).astype(np.float32) for name in weight.names]
-        value = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        _put(weights, weight.path, jnp.asarray(value))
-    return weights
+def _chat_template(directory: Path, tokenizer_config: dict) -> str | None:
+    """The template of chats: a file of its own or an option; of several, the one named "default"."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    return template
 
 
 def _get(tree: Any, path: tuple[Any, ...]) -> Any:
@@ -173,7 +220,7 @@ def _get(tree: Any, path: tuple[Any, ...]) -> Any:
     return tree
 
 
-def _put(tree: dict, path: tuple[Any, ...], value: Any) -> None:
+def _put(tree: dict, path: tuple[Any, ...], value: jax.Array) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

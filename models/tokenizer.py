@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
+from latentrace.models.chat import Message, render
 from latentrace.models.errors import CheckpointError
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -18,11 +19,13 @@ class Tokenizer:
     """A tokenizer.json with the ids of the start and end tokens. Equal definitions compare equal, so that loading a
     model twice compiles nothing twice."""
 
-    def __init__(self, definition: str, bos_id: int | None = None, eos_id: int | None = None):
+    def __init__(self, definition: str, bos_id: int | None = None, eos_id: int | None = None, chat_template: str | None = None):
         self.definition = definition
         """The text of tokenizer.json."""
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self.chat_template = chat_template
+        """A jinja2 template of chats."""
         self._backend = tokenizers.Tokenizer.from_str(definition)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -48,10 +51,10 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_id={self.eos_id})"
 
     def __reduce__(self) -> Any:
-        return Tokenizer, (self.definition, self.bos_id, self.eos_id)
+        return Tokenizer, self._identity()
 
-    def _identity(self) -> tuple[str, int | None, int | None]:
-        return self.definition, self.bos_id, self.eos_id
+    def _identity(self) -> tuple[str, int | None, int | None, str | None]:
+        return self.definition, self.bos_id, self.eos_id, self.chat_template
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
@@ -60,6 +63,24 @@ class Tokenizer:
     def decode(self, ids: Any) -> str:
         """The text of token ids; special tokens are left out."""
         return self._backend.decode(np.asarray(ids, np.int64).ravel().tolist(), skip_special_tokens=True)
+
+    def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+        """Token ids of a chat, special tokens included, ready for `ppl.prompt`.
+
+        `messages` are {"role": ..., "content": ...}; other keyword arguments are variables of the template (such as
+        `tools` or `enable_thinking`). Raises `CheckpointError` where the model has no template, or it fails.
+
+            context = ppl.prompt(lm, lm.tokenizer.chat([{"role": "user", "content": "What is 6 times 7?"}]))
+        """
+        if self.chat_template is None:
+            raise CheckpointError(
+                "this tokenizer has no chat template: neither chat_template.jinja nor chat_template in tokenizer_config.json. "
+                "Use a chat model, or write the prompt as text"
+            )
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        special = {key: "" if index is None else self.token_name(index) for key, index in named.items()}
+        text = render(self.chat_template, messages, add_generation_prompt, **(special | variables))
+        return self.encode(text)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its name, such as "</s>"."""

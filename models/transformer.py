@@ -1,10 +1,13 @@
-"""A decoder-only transformer of the Llama family, and the language model made of one.
+"""A decoder-only transformer, and the language model made of one.
 
 One sequence at a time, after a `Memory` of cached blocks; batches are `jax.vmap` of that. A block shared by the whole
-batch stays unbatched under `vmap`, so that attention over it is one matrix product for all particles.
+batch stays unbatched under `vmap`, so that attention over it is one matrix product for all particles. A pass over
+several new tokens is how texts are scored, and where speculative decoding would put its drafts.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,151 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from latentrace.models.rotary import RopeScaling, rotary_angles, rotate
+from latentrace.models.config import LayerOptions, TransformerConfig
+from latentrace.models.layers import Layer, Norm, View, new_matrix, project, soft_cap, view
 from latentrace.models.tokenizer import Tokenizer
-from latentrace.ppl.language_model import Array, Block, Memory, empty_memory
-
-MASKED = -1e30
-"""Score of a slot that may not be seen: finite, so that a block without visible slots gives no NaN."""
-FEW_TOKENS = 16
-"""Up to this many new tokens a forward pass counts as decoding, not as prefill or training."""
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Shape and constants of a `Transformer`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_length: int
-    eos_id: int
-    bos_id: int | None = None
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tied: bool = True
-    """Whether the output head is the embedding matrix."""
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
-                "every key-value head serves the same number of query heads"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even one")
-
-
-def project(x: Array, matrix: Array) -> Array:
-    """Rows [T, inputs] times a matrix [outputs, inputs], giving [T, outputs].
-
-    With few tokens per sequence the matrix goes first: XLA's CPU product of a large matrix and few columns, which is
-    what `vmap` over particles makes of it, runs 1.4 times as fast as few rows and a large matrix.
-    """
-    if x.shape[0] > FEW_TOKENS:
-        return x @ matrix.T
-    return (matrix @ x.T).T
-
-
-class Linear(nnx.Module):
-    """A matrix product and an optional bias, the kernel laid out [outputs, inputs] as in checkpoints."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), (outputs, inputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-
-    def __call__(self, x: Array) -> Array:
-        product = project(x, self.kernel[...])
-        return product if self.bias is None else product + self.bias[...]
-
-
-class RMSNorm(nnx.Module):
-    """Division by the root mean square of the last axis, times a learnt scale."""
-
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(size))
-        self.eps = eps
-
-    def __call__(self, x: Array) -> Array:
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
-
-
-def attend(query: Array, key: Array, value: Array, blocks: tuple[Block, ...]) -> Array:
-    """Attention of new tokens over cached blocks and over themselves, causally.
-
-    `query` [kv_heads, group, T, head_dim], `key` and `value` [kv_heads, T, head_dim]; each block's entries are its
-    (keys, values). Scores are concatenated, never keys: under `vmap` that would copy a shared block per particle.
-    """
-    length = query.shape[-2]
-    query = query * query.shape[-1] ** -0.5
-    scores = [jnp.where(block.mask, _scores(query, block.entries[0]), MASKED) for block in blocks]
-    causal = np.tril(np.ones((length, length), bool))
-    scores.append(jnp.where(causal, _scores(query, key), MASKED))
-    values = [block.entries[1] for block in blocks] + [value]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    bounds = np.cumsum([v.shape[-2] for v in values])[:-1]
-    parts = jnp.split(weights, bounds, axis=-1)
-    mixed = [jnp.einsum("kgts,ksd->kgtd", part, v) for part, v in zip(parts, values)]
-    return sum(mixed[1:], mixed[0])
-
-
-def _scores(query: Array, key: Array) -> Array:
-    return jnp.einsum("kgtd,ksd->kgts", query, key, preferred_element_type=jnp.float32)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; queries, keys and values come from one matrix product."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.config = config
-        heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = Linear(config.hidden_size, heads * config.head_dim, config.qkv_bias, rngs)
-        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, config.out_bias, rngs)
-
-    def __call__(self, x: Array, angles: tuple[Array, Array], blocks: tuple[Block, ...]) -> tuple[Array, Any]:
-        """Output [T, hidden] and this layer's cache entries: rotated keys and values [kv_heads, T, head_dim]."""
-        config, length = self.config, x.shape[0]
-        heads = self.qkv(x).reshape(length, -1, config.head_dim).swapaxes(0, 1)
-        query, key, value = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads])
-        query = rotate(query, angles).reshape(config.num_kv_heads, -1, length, config.head_dim)
-        key = rotate(key, angles)
-        mixed = attend(query, key, value, blocks).reshape(config.num_heads, length, config.head_dim)
-        return self.out(mixed.swapaxes(0, 1).reshape(length, -1)), (key, value)
-
-
-class MLP(nnx.Module):
-    """SwiGLU: silu(gate) * up, projected down; gate and up come from one matrix product."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, rngs)
-        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, rngs)
-
-    def __call__(self, x: Array) -> Array:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
-
-
-class Layer(nnx.Module):
-    """Attention and MLP, each after a norm and added to its input."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, rngs)
-
-    def __call__(self, x: Array, angles: tuple[Array, Array], blocks: tuple[Block, ...]) -> tuple[Array, Any]:
-        mixed, entries = self.attention(self.attention_norm(x), angles, blocks)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), entries
+from latentrace.ppl.language_model import Array, Memory, empty_memory
 
 
 class Transformer(nnx.Module):
@@ -168,31 +30,56 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tied else nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        self.embedding = new_matrix(rngs, shape, config)
+        places = (config.max_length, config.hidden_size)
+        self.positions = new_matrix(rngs, places, config) if config.learned_positions else None
+        self.layers = nnx.List([Layer(config, index, rngs) for index in range(config.num_layers)])
+        self.norm = Norm((config.hidden_size,), config)
+        self.head = None if config.tied else new_matrix(rngs, shape, config)
 
-    def features(self, tokens: Array, memory: Memory) -> tuple[Array, tuple[Any, ...]]:
+    def features(self, tokens: Array, memory: Memory, hooks: "Hooks | None" = None) -> tuple[Array, tuple[Any, ...]]:
         """Features [T, hidden] of int32[T] after `memory`, and per layer (keys, values) [kv_heads, T, head_dim]."""
-        x = self.embedding[...][tokens]
-        config = self.config
-        angles = rotary_angles(config.head_dim, config.rope_theta, config.rope_scaling, memory.position, tokens.shape[0])
+        config, positions = self.config, memory.position + jnp.arange(tokens.shape[0])
+        x = self.embedding[...][tokens] * jnp.asarray(config.embedding_scale, config.dtype)
+        if self.positions is not None:
+            x = x + self.positions[...].at[positions].get(mode="clip")
+        x = x.astype(jnp.float32)
+        views = {options: self._view(options, memory, positions) for options in set(config.layer_pattern)}
         entries = []
         for index, layer in enumerate(self.layers):
-            blocks = tuple(Block(block.entries[index], block.mask) for block in memory.blocks)
-            x, entry = layer(x, angles, blocks)
+            x, entry = layer(x, [block.entries[index] for block in memory.blocks], views[config.layer(index)])
+            for hook in (hooks or {}).get(index, ()):
+                x = hook(x)
             entries.append(entry)
         return self.norm(x), tuple(entries)
+
+    def _view(self, options: LayerOptions, memory: Memory, positions: Array) -> View:
+        angles = options.rope.angles(self.config.head_dim, positions) if options.rope else None
+        return View(*view(memory, positions.shape[0], options.window), angles)
 
     def unembed(self, features: Array) -> Array:
         """Logits float32[T, V] of features [T, hidden]."""
         head = self.embedding if self.head is None else self.head
-        return project(features, head[...]).astype(jnp.float32)
+        return soft_cap(project(features, head[...]), self.config.logit_cap)
 
     def __call__(self, tokens: Array) -> Array:
         """Logits float32[B, T, V] of int[B, T], for training."""
         return jax.vmap(lambda sequence: self.unembed(self.features(sequence, empty_memory())[0]))(tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Hook:
+    """A function of the residual stream after a layer: float32[T, hidden] and its own operands to float32[T, hidden]."""
+
+    edit: Callable[..., Array] = field(metadata={"static": True})
+    operands: tuple[Any, ...]
+
+    def __call__(self, x: Array) -> Array:
+        return self.edit(x, *self.operands)
+
+
+Hooks = dict[int, tuple[Hook, ...]]
 
 
 @jax.tree_util.register_dataclass
@@ -205,6 +92,8 @@ class TransformerLM:
     graph: Any = field(metadata={"static": True})
     config: TransformerConfig = field(metadata={"static": True})
     tokenizer: Tokenizer | None = field(default=None, metadata={"static": True})
+    hooks: Hooks = field(default_factory=dict)
+    """By layer, what `with_hook` added."""
 
     @classmethod
     def from_module(cls, module: Transformer, tokenizer: Tokenizer | None = None) -> "TransformerLM":
@@ -260,7 +149,7 @@ class TransformerLM:
 
     def forward(self, tokens: Array, memory: Memory) -> tuple[Array, tuple[Any, ...]]:
         """Features [T, hidden] and per layer (keys, values) [kv_heads, T, head_dim] of int32[T] after `memory`."""
-        return self.to_module().features(tokens, memory)
+        return self.to_module().features(tokens, memory, self.hooks)
 
     def unembed(self, features: Array) -> Array:
         """Logits float32[T, V] of features [T, hidden]."""
@@ -270,8 +159,41 @@ class TransformerLM:
         """Logits float32[T, V] of a whole sequence int[T]; row t predicts token t + 1."""
         return _logits(self, jnp.asarray(tokens, jnp.int32))
 
+    def with_hook(self, layer: int, edit: Callable[..., Array], *operands: Any) -> "TransformerLM":
+        """The same weights, with the residual stream edited after a layer (0 is the first, -1 the last).
+
+        `edit(x, *operands)` maps float32[T, hidden] to the same shape, token by token. Give arrays as operands (a
+        steering vector, a probe's weights), so that another value compiles nothing; edits of one layer follow in order.
+
+            steered = lm.with_hook(12, lambda x, v: x + v, vector)
+
+        Raises ValueError where there is no such layer.
+        """
+        index = layer % self.config.num_layers
+        if index != layer and layer != index - self.config.num_layers:
+            raise ValueError(f"layer is {layer}; this model has layers 0 to {self.config.num_layers - 1}")
+        return replace(self, hooks=self.hooks | {index: (*self.hooks.get(index, ()), Hook(edit, operands))})
+
+    def hidden(self, tokens: Any, layers: Sequence[int]) -> Array:
+        """The residual stream float32[len(layers), T, hidden] after some layers of a whole sequence int[T]."""
+        return _hidden(self, jnp.asarray(tokens, jnp.int32), tuple(layers))
+
 
 @jax.jit
 def _logits(lm: TransformerLM, tokens: Array) -> Array:
     features, _ = lm.forward(tokens, empty_memory())
     return lm.unembed(features)
+
+
+@partial(jax.jit, static_argnums=2)
+def _hidden(lm: TransformerLM, tokens: Array, layers: tuple[int, ...]) -> Array:
+    seen: dict[int, Array] = {}
+    for layer in layers:
+
+        def read(x: Array, layer: int = layer) -> Array:
+            seen[layer] = x
+            return x
+
+        lm = lm.with_hook(layer, read)
+    lm.forward(tokens, empty_memory())
+    return jnp.stack([seen[layer] for layer in layers])

@@ -160,7 +160,8 @@ def append(
 ) -> tuple[Array, Arena, Row]:
     """Feed the first `count` of `tokens` (int32[T]) to a context.
 
-    Returns logits float32[T, V], whose row t predicts tokens[t], and the arena and row with those tokens.
+    Returns features [T, D], whose row t predicts tokens[t], and the arena and row with those tokens. A draft of several
+    tokens, of which only the first `count` turn out to be accepted, leaves no trace of the others.
     """
     fed = jnp.concatenate([row.pending[None], tokens[:-1]])
     features, entries = lm.forward(fed, memory(arena, row, prompts))
@@ -168,7 +169,7 @@ def append(
     arena = write_entries(arena, entries, fed)
     pending = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(count - 1, 0), keepdims=False)
     arena, row = claim(arena, row, count, pending)
-    return lm.unembed(features), arena, row
+    return features, arena, row
 
 
 def start_row(lm: LanguageModel, arena: Arena) -> Row:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .arena import Row, add_row, append, claim, read_row
 from .collectives import anybody, index, reindex
+from .language_model import token_log_probs
 from .lineage import Policy, resample
 from .state import note_overflow, pay, steer, with_arena
 from .text import Text
@@ -123,8 +124,9 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         here = options.follow(since) if inside else options
         known = reindex(prompts, since) if inside else prompts
         arena, live = state.arenas[model], ~w.done
-        logits, arena, _ = append(lm, arena, w.row, known, w.row.pending[None], jnp.int32(0))
-        token, log_p, log_q, choices, restricted = draw(state.choices, site, step, logits[0], here, w.constraint_state)
+        features, arena, _ = append(lm, arena, w.row, known, w.row.pending[None], jnp.int32(0))
+        logits = lm.unembed(features)[0]
+        token, log_p, log_q, choices, restricted = draw(state.choices, site, step, logits, here, w.constraint_state)
         arena, row = claim(arena, w.row, live.astype(jnp.int32), token)  # the token before this one has just been cached
         ends = token == lm.eos_id
         stop_state, stops = here.stops(w.stop_state, token)
@@ -216,9 +218,8 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
     (done, _, _), (inside, valid) = jax.lax.scan(scan_ends, (row.finished, jnp.int32(0), start), given)
     length = inside.sum().astype(jnp.int32)
     count = jnp.where(active, length, 0)
-    logits, arena, row = append(lm, arena, row, run.read_prompts(model), given, count)
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), given[:, None], axis=-1)[:, 0]
-    log_probs = jnp.where(inside, log_probs, 0.0)
+    features, arena, row = append(lm, arena, row, run.read_prompts(model), given, count)
+    log_probs = jnp.where(inside, token_log_probs(lm, features, given), 0.0)
     ends = jnp.where(length > 0, given[jnp.maximum(length - 1, 0)] == lm.eos_id, row.finished)
     arena, handle = add_row(arena, row._replace(finished=ends))
     run.state = with_arena(run.state, model, arena)

@@ -77,3 +77,20 @@ class LanguageModel(Protocol):
     def logits(self, tokens: Any) -> Array:
         """Logits float32[T, V] of a whole sequence int[T]; row t predicts token t + 1."""
         ...
+
+
+def token_log_probs(lm: LanguageModel, features: Array, tokens: Array) -> Array:
+    """log p(tokens[t]) after features[t], in nats: float32[T] of features [T, D] and int32[T].
+
+    Logits exist for `CHUNK` tokens at a time, never for all.
+    """
+
+    def one(row: tuple[Array, Array]) -> Array:
+        logits = lm.unembed(row[0][None])[0]
+        return logits[row[1]] - jax.nn.logsumexp(logits)
+
+    return jax.lax.map(one, (features, tokens), batch_size=min(CHUNK, tokens.shape[0]))
+
+
+CHUNK = 16
+"""Tokens of one text whose logits are in memory together."""

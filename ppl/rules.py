@@ -12,6 +12,7 @@ from . import sites
 from .arena import add_row, append, last_tokens, prefill, read_row, start_row
 from .choices import Spec
 from .decode import decode, replay
+from .language_model import token_log_probs
 from .state import note_overflow, with_arena
 from .text import PAD
 
@@ -131,7 +132,7 @@ def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, 
     row, given = read_row(arena, handle), (tokens != PAD).sum().astype(jnp.int32)
     count = jnp.where(active, given, 0)
     clean = jnp.where(tokens == PAD, lm.eos_id, tokens)
-    logits, arena, after = append(lm, arena, row, run.read_prompts(model), clean, count)
+    features, arena, after = append(lm, arena, row, run.read_prompts(model), clean, count)
     here = jnp.arange(tokens.shape[0]) < given
     ends = (clean == lm.eos_id) & here
     over = (count > 0) & (after.position + 1 > lm.max_length)
@@ -143,7 +144,7 @@ def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, 
     run.count(model_calls=1)
     if scored is not None:
         run.count(scored=count)
-        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), clean[:, None], axis=-1)[:, 0]
+        log_probs = token_log_probs(lm, features, clean)
         impossible = (row.finished & (given > 0)) | (ends & (jnp.arange(tokens.shape[0]) < given - 1)).any()
         total = jnp.where(impossible, -jnp.inf, jnp.where(here, log_probs, 0.0).sum())
         cell = run.frame.put(new_handle)

@@ -8,7 +8,7 @@ import pytest
 from latentrace import models
 from latentrace.ppl.language_model import Block, Memory
 
-from .helpers import GOLDEN, config, shared, transformer, write
+from .helpers import GOLDEN, shared, write
 
 REAL = ["stories260k", "babyllama105"]
 TEXTS = ["Once upon a time", 'Tom\'s 3 dogs, "Max" and others.', " two  spaces\nand lines"]
@@ -113,48 +113,3 @@ def test_real_models_equal_transformers(name):
     lm = models.load(directory)
     tokens = np.random.default_rng(1).integers(0, lm.vocab_size, 200)
     np.testing.assert_allclose(lm.logits(tokens), torch_logits(directory, tokens), atol=1e-4)
-
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-CHECKPOINTS = {
-    "llama grouped, untied": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
-    "llama biases, own head_dim": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
-    "llama rescaled positions": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
-    "mistral": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
-    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-}
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_random_checkpoints_equal_transformers(name, tmp_path):
-    torch = pytest.importorskip("torch", reason="parity needs torch")
-    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
-    kind, changes = CHECKPOINTS[name]
-    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 max_position_embeddings=256, bos_token_id=0, eos_token_id=1, initializer_range=0.3)  # fmt: skip
-    torch.manual_seed(0)
-    network = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes | changes))
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    network.save_pretrained(tmp_path, max_shard_size="20KB")
-    tokens = np.random.default_rng(1).integers(0, 40, 100)
-    lm = models.load(tmp_path)
-    np.testing.assert_allclose(lm.logits(tokens), torch_logits(tmp_path, tokens), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tied": False, "rope_theta": 300.0}])
-def test_saved_models_read_by_transformers(changes, tmp_path):
-    lm = transformer(**changes)
-    assert lm.config == config(**changes)
-    models.save(lm, tmp_path)
-    tokens = np.random.default_rng(1).integers(0, lm.vocab_size, 30)
-    np.testing.assert_allclose(lm.logits(tokens), torch_logits(tmp_path, tokens), atol=1e-4)
