@@ -228,7 +228,7 @@ def to_hf_config(config: TransformerConfig) -> dict[str, Any]:
     raw: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
     raw[keys["activation"]] = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
     raw |= {"architectures": [family.architecture], "model_type": config.family, "torch_dtype": config.dtype}
-    raw |= {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
+    raw |= {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": None}
     raw |= family.write(config) | _write_layers(config, family)
     again = replace(parse(raw, config.max_length), eos_id=config.eos_id, bos_id=config.bos_id, dtype=config.dtype)
     wrong = [f.name for f in fields(config) if getattr(again, f.name) != getattr(config, f.name)]

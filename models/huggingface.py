@@ -170,7 +170,7 @@ class Checkpoint:
             if self.changes is not None:
                 tensors = [self.changes.apply(name, tensor) for name, tensor in zip(weight.names, tensors)]
             matrix = weight.path[-1] in {"kernel", "embedding", "positions", "head"}
-            value = weight.join(tensors).astype(self.config.dtype if matrix else np.float32)
+            value = weight.join(tensors).astype(self.config.dtype if matrix else np.float32, copy=False)
             _put(weights, weight.path, place(weight.path, value))
         module = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
         return TransformerLM(weights, nnx.split(module)[0], self.config, self.tokenizer)

@@ -73,13 +73,12 @@ def test_round_trip(case, tmp_path):
 
 
 @pytest.fixture
-def reference():
+def reference(monkeypatch):
     """The script that makes the stored outputs; needs torch and transformers."""
     pytest.importorskip("torch", reason="parity needs torch")
     pytest.importorskip("transformers", reason="parity needs transformers")
-    from .golden import make_families
-
-    return make_families
+    monkeypatch.syspath_prepend(GOLDEN)
+    return pytest.importorskip("make_families")
 
 
 @pytest.mark.parity

@@ -1,16 +1,22 @@
 """Directories on disk: round trips, and errors that name what is wrong."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from latentrace import models
 from latentrace.models.transformer import _logits
 
+from .helpers import config as helper_config
 from .helpers import markov, transformer
 
 TOKENS = [0, 5, 2, 9]
@@ -189,3 +195,85 @@ def test_shards(directory):
 def test_only_transformers_are_saved(tmp_path):
     with pytest.raises(TypeError, match="MarkovLM"):
         models.save(markov(), tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(value, directory):
+    def edit(tensors):
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+
+    edit_tensors(directory, edit)
+    with pytest.raises(models.CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight in .* holds NaN or infinity"):
+        models.load(directory)
+
+
+def test_truncated_file(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(models.CheckpointError, match=r"model\.safetensors is not a readable safetensors file"):
+        models.load(directory)
+
+
+def test_dtype_and_length_of_a_load(directory):
+    lm = models.load(directory, dtype=jnp.bfloat16, max_length=20)
+    assert lm.max_length == 20
+    assert {leaf.dtype for leaf in jax.tree.leaves(lm) if leaf.ndim > 1} == {jnp.dtype(jnp.bfloat16)}
+    with pytest.raises(ValueError, match="dtype is float16; a model computes in float32 or bfloat16"):
+        models.load(directory, dtype="float16")
+    with pytest.raises(models.CheckpointError, match="max_position_embeddings is 64, less than the max_length of 65"):
+        models.load(directory, max_length=65)
+
+
+def test_options_that_a_family_lacks(tmp_path):
+    lm = transformer(logit_cap=30.0)
+    with pytest.raises(models.CheckpointError, match="family 'llama' cannot express this model's logit_cap"):
+        models.save(lm, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_names_of_other_classes(directory):
+    """The text part of a multimodal checkpoint, and one saved without its head's class."""
+    expected = models.load(directory).logits(TOKENS)
+    tensors = load_file(directory / "model.safetensors")
+    for prefix, config in [("language_model.model.", "text_config"), ("", None)]:
+        renamed = {prefix + name.removeprefix("model."): value for name, value in tensors.items()}
+        extra = {"vision_tower.patch.weight": np.ones((2, 2), np.float32)} if config else {}
+        save_file(renamed | extra, directory / "model.safetensors")
+        if config:
+            raw = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps({"model_type": "composite", config: raw}))
+        np.testing.assert_array_equal(models.load(directory).logits(TOKENS), expected)
+
+
+PEAK = """
+import sys, threading, time
+import jax.numpy as jnp
+from latentrace import models
+
+jnp.zeros(1).block_until_ready()
+
+def anonymous():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+
+before, peak, loading = anonymous(), 0.0, True
+def watch():
+    global peak
+    while loading:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch); thread.start()
+lm = models.load(sys.argv[1])
+loading = False; thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_never_two_copies_in_memory(tmp_path):
+    """Beside the weights there is room for a few of their arrays, not for all of them again."""
+    sizes = dict(hidden_size=1024, intermediate_size=2048, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64)
+    lm = models.TransformerLM.from_module(models.Transformer(helper_config(**sizes), rngs=nnx.Rngs(0)))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(lm)) / 2**20
+    models.save(lm, tmp_path)
+    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 1.8 * size

@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tests/, to run as a script
-from models.families import CASES, GOLDEN, config_of, write_checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from families import CASES, GOLDEN, config_of, write_checkpoint
 
 
 def read(directory: Path, dtype: str = "float32"):
