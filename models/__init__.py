@@ -7,6 +7,7 @@ from latentrace.models.loading import load, load_reward, save
 from latentrace.models.markov import MarkovLM
 from latentrace.models.reward import RewardModel
 from latentrace.models.rotary import Rope
+from latentrace.models.sharding import make_mesh, shard
 from latentrace.models.tokenizer import Tokenizer
 from latentrace.models.transformer import Transformer, TransformerLM
 
@@ -23,5 +24,7 @@ __all__ = [
     "TransformerLM",
     "load",
     "load_reward",
+    "make_mesh",
     "save",
+    "shard",
 ]

@@ -14,7 +14,7 @@ from latentrace.models.errors import CheckpointError
 from latentrace.models.hf_config import read_json
 from latentrace.models.tensor_files import TensorFiles, bare_name
 
-TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.weight)?")
+TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_(embedding_)?[AB]|base_layer)(\.weight)?")
 UNSUPPORTED = {
     "use_dora": "weight-decomposed adapters",
     "modules_to_save": "whole modules saved with the adapter",
@@ -44,18 +44,21 @@ class Adapter:
             target = "" if match is None else f"{match['module']}.weight"
             if match is None or target not in targets:
                 raise CheckpointError(f"{directory}: {name} fits no tensor of the base model; was it trained on another one?")
-            self.parts.setdefault(target, {})[(match["kind"] or "") + match["side"]] = name
+            self.parts.setdefault(target, {})[match["part"]] = name
 
     def apply(self, name: str, tensor: np.ndarray) -> np.ndarray:
         """A tensor of the base model with its adapter's product added, in float32."""
         parts = self.parts.get(bare_name(name))
         if parts is None:
             return tensor
-        embedding = "embedding_A" in parts
+        if "base_layer" in parts:  # peft stores embeddings with the adapter, in case they had grown
+            tensor = self.files.read(parts["base_layer"])
+        embedding = "lora_embedding_A" in parts
+        kind = "lora_embedding_" if embedding else "lora_"
         try:
-            a, b = (self.files.read(parts["embedding_" * embedding + side]).astype(np.float32) for side in "AB")
+            a, b = (self.files.read(parts[kind + side]).astype(np.float32) for side in "AB")
         except KeyError as error:
-            raise CheckpointError(f"{self.path.parent}: the adapter of {name} lacks its lora_{error.args[0]}") from error
+            raise CheckpointError(f"{self.path.parent}: the adapter of {name} lacks its {error.args[0]}") from error
         change = self._scale(bare_name(name).removesuffix(".weight"), a.shape[0]) * (b @ a)
         if embedding or self.config.get("fan_in_fan_out"):
             change = change.T

@@ -3,21 +3,25 @@
 Under `jax.set_mesh(mesh)`, with mesh axes named "particles" and "model", loaded matrices are split over "model" by heads,
 by inner units, and by vocabulary (tensor parallelism), and inference splits particles over "particles":
 
-    mesh = jax.make_mesh((4, 2), ("particles", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(models.make_mesh(particles=4, model=2)):
         lm = models.load(directory)
         posterior = inference.SMC(64).run(rng_key, program, lm)
 
-Axes may be left out. The compiler inserts the communication, so results are those of one device, up to rounding.
+The compiler inserts the communication, so results are those of one device, up to rounding.
 """
 
 from dataclasses import replace
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MODEL = "model"
+PARTICLES, MODEL = "particles", "model"
+
+
+def make_mesh(particles: int = 1, model: int = 1) -> Mesh:
+    """A mesh of `particles` times `model` of the available devices, for `jax.set_mesh`."""
+    return jax.make_mesh((particles, model), (PARTICLES, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def split_axis(path: tuple[Any, ...], ndim: int) -> int | None:
@@ -37,6 +41,8 @@ def place(path: tuple[Any, ...], value: Any) -> jax.Array:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.numpy.asarray(value)
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError("the mesh has explicit axes; make it with models.make_mesh, or with axis_types of AxisType.Auto")
     axis, devices = split_axis(path, value.ndim), mesh.shape.get(MODEL, 1)
     spec = [None] * value.ndim
     if axis is not None and value.shape[axis] % devices == 0 and devices > 1:

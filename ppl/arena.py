@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .collectives import spread
 from .language_model import Block, LanguageModel, Memory, empty_memory
 
 Array = jax.Array
@@ -125,7 +126,7 @@ def _last_entries(arena: Arena, row: Row, prompts: list[Prompt]) -> Any:
 def write_entries(arena: Arena, entries: Any, tokens: Array) -> Arena:
     """Put T new tokens into the slots from `used` on. What is not claimed afterwards (`claim`) will be overwritten."""
     put = lambda cache, e: jax.lax.dynamic_update_slice_in_dim(cache, e.astype(cache.dtype), arena.used, axis=-2)
-    cache = jax.tree.map(put, arena.caches[-1], entries)
+    cache = spread(jax.tree.map(put, arena.caches[-1], entries))
     written = jax.lax.dynamic_update_slice_in_dim(arena.tokens[-1], tokens, arena.used, axis=0)
     return arena._replace(caches=(*arena.caches[:-1], cache), tokens=(*arena.tokens[:-1], written))
 

@@ -1,6 +1,7 @@
 """What particles know of each other: every collective of the library, over named vmapped axes.
 
-A particle is written alone and run under `jax.vmap(..., axis_name=PARTICLES)`. Plates add axes of their own.
+A particle is written alone and run under `jax.vmap(..., axis_name=PARTICLES)`. Plates add axes of their own. Under a mesh
+of devices with an axis named "particles", particles are split over it, and the compiler inserts the communication.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,28 @@ from jax.interpreters import batching
 Array = jax.Array
 
 PARTICLES = "particles"
+
+
+def over_particles(one_particle: Any, num_particles: int) -> Any:
+    """The results of `one_particle()` for all particles, on a new leading axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if PARTICLES not in mesh.axis_names:
+        return jax.vmap(lambda _: one_particle(), axis_name=PARTICLES)(jnp.zeros(num_particles))
+    devices = mesh.shape[PARTICLES]
+    if num_particles % devices:
+        raise ValueError(
+            f"num_particles={num_particles} is not a multiple of the {devices} devices of the mesh's particles axis"
+        )
+    every = jax.vmap(lambda _: spread(one_particle()), axis_name=PARTICLES, spmd_axis_name=PARTICLES)
+    return every(jnp.zeros(num_particles))
+
+
+def spread(tree: Any) -> Any:
+    """The same arrays of this particle, kept on its own device where there is a mesh with an axis for particles."""
+    if PARTICLES not in jax.sharding.get_abstract_mesh().axis_names:
+        return tree
+    free = lambda x: jax.sharding.PartitionSpec(*[jax.sharding.PartitionSpec.UNCONSTRAINED] * x.ndim)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, free(x)), tree)
 
 
 def index() -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .choices import Choices, Keyed
-from .collectives import PARTICLES, index
+from .collectives import index, over_particles
 from .errors import (
     AllParticlesDeadError,
     BoundReachedError,
@@ -94,7 +94,7 @@ def _runner(staged: Staged, settings: Settings) -> Any:
         models = [tree.unflatten(x) for tree, x in zip(trees, leaves)]
         progress = None if settings.progress is None else lambda x: jax.debug.callback(settings.progress, x)
 
-        def one_particle(_: Array) -> Output:
+        def one_particle() -> Output:
             choices = settings.source.choices(rng_key, first + index())
             state = first_state(staged, models, choices)
             run = Interpreter(
@@ -108,7 +108,7 @@ def _runner(staged: Staged, settings: Settings) -> Any:
                 returned, values, active, run.state.log_weight, run.state.faults, run.state.counts, first + run.state.root
             )
 
-        return jax.vmap(one_particle, axis_name=PARTICLES)(jnp.zeros(settings.num_particles))
+        return over_particles(one_particle, settings.num_particles)
 
     return run
 

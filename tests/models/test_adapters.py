@@ -107,13 +107,16 @@ def test_half_an_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("case", "targets"), [("llama", ["q_proj", "down_proj", "embed_tokens"]), ("gpt2", ["c_attn", "c_proj"])]
 )
+@pytest.mark.filterwarnings("ignore")  # of peft about itself
 def test_adapters_that_peft_writes(case, targets, tmp_path):
     torch = pytest.importorskip("torch", reason="parity needs torch")
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
     peft = pytest.importorskip("peft", reason="parity needs peft")
     network = transformers.AutoModelForCausalLM.from_pretrained(base(tmp_path, case))
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=targets, init_lora_weights=False, use_rslora=True)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=7, target_modules=targets, init_lora_weights=False, use_rslora=True, fan_in_fan_out=case == "gpt2"
+    )
     adapted = peft.get_peft_model(network, config)
     adapted.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
