@@ -7,6 +7,7 @@ from latentrace.models.loading import load, load_reward, save
 from latentrace.models.markov import MarkovLM
 from latentrace.models.reward import RewardModel
 from latentrace.models.rotary import Rope
+from latentrace.models.scoring import log_probs
 from latentrace.models.sharding import make_mesh, shard
 from latentrace.models.tokenizer import Tokenizer
 from latentrace.models.transformer import Transformer, TransformerLM
@@ -24,6 +25,7 @@ __all__ = [
     "TransformerLM",
     "load",
     "load_reward",
+    "log_probs",
     "make_mesh",
     "save",
     "shard",

@@ -34,8 +34,8 @@ class TransformerConfig:
     """`model_type` of the checkpoints that this model is read from and saved to."""
     layer_pattern: tuple[LayerOptions, ...] = (LayerOptions(),)
     """Options of the layers, repeated until there are `num_layers`."""
-    learned_positions: bool = False
-    """Whether a vector per position is added to the embeddings."""
+    learned_positions: int = 0
+    """How many positions have a vector that is added to the embeddings; 0: positions are not learnt."""
     embedding_scale: float = 1.0
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5

@@ -90,11 +90,16 @@ def _gpt2(raw: dict) -> dict[str, Any]:
     return {
         "attention_scale": None if raw.get("scale_attn_weights", True) else 1.0,
         "intermediate_size": raw.get("n_inner") or 4 * raw["n_embd"],
+        "learned_positions": raw["n_positions"],
     }
 
 
 def _gpt2_write(config: TransformerConfig) -> dict[str, Any]:
-    return {"scale_attn_weights": config.attention_scale is None, "n_inner": config.intermediate_size}
+    return {
+        "scale_attn_weights": config.attention_scale is None,
+        "n_inner": config.intermediate_size,
+        "n_positions": config.learned_positions,
+    }
 
 
 LLAMA = Family("LlamaForCausalLM", keys=ATTENTION_BIAS | {"mlp_bias": "mlp_bias"}, layer_types=False)
@@ -222,7 +227,7 @@ GPT2 = Family(
         "activation_function": "gelu_new",
         "scale_attn_by_inverse_layer_idx": False,
     },
-    fixed={"norm": "layer", "learned_positions": True, "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    fixed={"norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
     derive=_gpt2,
     write=_gpt2_write,
     layer_types=False,

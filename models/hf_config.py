@@ -132,7 +132,7 @@ def _layers(raw: dict, family: Family, found: dict) -> tuple[LayerOptions, ...]:
         raise ValueError(f"layer_types must name each of the {count} layers '{FULL}' or '{SLIDING}'")
     kinds = {}
     for kind in set(types):
-        rope = None if family.fixed.get("learned_positions") else _rope(raw, kind, found)
+        rope = None if found.get("learned_positions") else _rope(raw, kind, found)
         kinds[kind] = LayerOptions(rope, window if kind == SLIDING else None)
     layers = [kinds[kind] if uses else replace(kinds[kind], rope=None) for kind, uses in zip(types, rotary)]
     period = next(p for p in range(1, count + 1) if all(layers[i] == layers[i % p] for i in range(count)))

@@ -46,37 +46,39 @@ class Weight:
     """(kv_heads, group, head_dim) where rows are all queries, all keys, all values on disk, by key-value head here."""
 
     @property
-    def disk_shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each tensor on disk."""
-        rest = self.shape[len(self.shape) - self.inner :]
-        shapes = [(rows, *rest) for rows in self.rows]
-        return [shape[::-1] if self.transposed else shape for shape in shapes]
+    def is_matrix(self) -> bool:
+        """Whether its last axis is a column on disk, and it is kept in the model's dtype; vectors stay float32."""
+        return self.path[-1] in {"kernel", "embedding", "positions", "head"}
 
     @property
-    def inner(self) -> int:
-        """Number of axes after the rows: 1 for matrices, 0 for vectors."""
-        size = int(np.prod(self.shape))
-        return 0 if sum(self.rows) == size else 1
+    def columns(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        return self.shape[-1:] if self.is_matrix else ()
+
+    @property
+    def disk_shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each tensor on disk."""
+        shapes = [(rows, *self.columns) for rows in self.rows]
+        return [shape[::-1] if self.transposed else shape for shape in shapes]
 
     def join(self, tensors: list[np.ndarray]) -> np.ndarray:
         """The array made of the tensors."""
         parts = [tensor.T if self.transposed else tensor for tensor in tensors]
-        if self.grouped:
-            kv_heads, group, head_dim = self.grouped
-            joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            bounds = np.cumsum([kv_heads * group, kv_heads]) * head_dim
-            heads = [part.reshape(kv_heads, -1, head_dim, *joined.shape[1:]) for part in np.split(joined, bounds)]
-            return np.concatenate(heads, axis=1)
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return joined.reshape(self.shape)
+        if self.grouped is None:
+            return joined.reshape(self.shape)
+        kv_heads, group, head_dim = self.grouped
+        bounds = np.cumsum([kv_heads * group, kv_heads]) * head_dim
+        heads = [part.reshape(kv_heads, -1, head_dim, *self.columns) for part in np.split(joined, bounds)]
+        return np.concatenate(heads, axis=1)
 
     def split(self, value: np.ndarray) -> list[np.ndarray]:
         """The tensors that make the array: the inverse of `join`."""
-        rest = self.shape[len(self.shape) - self.inner :]
-        if self.grouped:
-            group = self.grouped[1]
-            value = np.concatenate([part.reshape(-1, *rest) for part in np.split(value, [group, group + 1], axis=1)])
-        parts = np.split(value.reshape(-1, *rest), np.cumsum(self.rows)[:-1])
+        rows = value.reshape(-1, *self.columns)
+        if self.grouped is not None:
+            heads = np.split(value, [self.grouped[1], self.grouped[1] + 1], axis=1)
+            rows = np.concatenate([part.reshape(-1, *self.columns) for part in heads])
+        parts = np.split(rows, np.cumsum(self.rows)[:-1])
         return [np.ascontiguousarray(part.T if self.transposed else part) for part in parts]
 
 
@@ -86,7 +88,8 @@ def weight_table(config: TransformerConfig) -> Iterator[Weight]:
     matrix = (config.vocab_size, hidden)
     yield Weight(("embedding",), matrix, (f"{names.embedding}.weight",), matrix[:1])
     if config.learned_positions:
-        yield Weight(("positions",), (config.max_length, hidden), (f"{names.positions}.weight",), (config.max_length,))
+        places = (config.learned_positions, hidden)
+        yield Weight(("positions",), places, (f"{names.positions}.weight",), places[:1])
     for i in range(config.num_layers):
         for weight in _layer_weights(config, names):
             on_disk = tuple(f"{names.layer.format(i)}.{name}" for name in weight.names)
@@ -99,21 +102,18 @@ def weight_table(config: TransformerConfig) -> Iterator[Weight]:
 def _layer_weights(config: TransformerConfig, names: Names) -> Iterator[Weight]:
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     kv_heads, group = config.num_kv_heads, config.group
-    for place_, wanted in (("", ("before", "both")), ("_post", ("after", "both"))):
-        if config.norm_places in wanted:
-            for block in ("attention", "mlp"):
-                yield from _norm(config, (f"{block}{place_}_norm",), getattr(names, f"{block}{place_}_norm"), (hidden,))
+    for infix, where in (("", "before"), ("_post", "after")):
+        for name in (f"attention{infix}_norm", f"mlp{infix}_norm") if config.norm_places in {where, "both"} else ():
+            yield from _norm(config, (name,), getattr(names, name), (hidden,))
     queries, keys = config.num_heads * head_dim, kv_heads * head_dim
     rows = (queries, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,)
     outputs, grouped = (kv_heads, group + 2, head_dim), None if names.by_head else (kv_heads, group, head_dim)
     yield from _linear(names, ("attention", "qkv"), names.qkv, rows, outputs, hidden, config.qkv_bias, grouped)
     yield from _linear(names, ("attention", "out"), (names.out,), (hidden,), (hidden,), queries, config.out_bias)
     if config.qk_norm:
-        whole = config.qk_norm == "all"
-        yield from _norm(
-            config, ("attention", "query_norm"), names.query_norm, (kv_heads, group, head_dim) if whole else (head_dim,)
-        )
-        yield from _norm(config, ("attention", "key_norm"), names.key_norm, (kv_heads, head_dim) if whole else (head_dim,))
+        shapes = ((kv_heads, group, head_dim), (kv_heads, head_dim)) if config.qk_norm == "all" else ((head_dim,), (head_dim,))
+        yield from _norm(config, ("attention", "query_norm"), names.query_norm, shapes[0])
+        yield from _norm(config, ("attention", "key_norm"), names.key_norm, shapes[1])
     count = 1 + config.gated
     rows = (inner,) * count if len(names.up) == count else (count * inner,)
     yield from _linear(names, ("mlp", "up"), names.up, rows, (count, inner), hidden, config.mlp_bias)
@@ -169,8 +169,8 @@ class Checkpoint:
             tensors = [self.files.read(name) for name in weight.names]
             if self.changes is not None:
                 tensors = [self.changes.apply(name, tensor) for name, tensor in zip(weight.names, tensors)]
-            matrix = weight.path[-1] in {"kernel", "embedding", "positions", "head"}
-            value = weight.join(tensors).astype(self.config.dtype if matrix else np.float32, copy=False)
+            dtype = self.config.dtype if weight.is_matrix else np.float32
+            value = weight.join(tensors).astype(dtype, copy=False)
             _put(weights, weight.path, place(weight.path, value))
         module = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
         return TransformerLM(weights, nnx.split(module)[0], self.config, self.tokenizer)

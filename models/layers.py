@@ -1,5 +1,6 @@
 """The parts of a transformer layer: matrix products, norms, attention over cached blocks, MLP."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,9 @@ MASKED = -1e30
 """Score of a slot that may not be seen: finite, so that a block without visible slots gives no NaN."""
 FEW_TOKENS = 16
 """Up to this many new tokens a forward pass counts as decoding, not as prefill or training."""
+QUERIES, BANDS = 256, 4
+"""How many tokens attend at a time in a long pass, and in how many bands it goes."""
+Blocks = Sequence[Array]
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -105,22 +109,55 @@ def attend(query: Array, key: Array, value: Array, entries: list[Any], seen: Vie
     """Attention of new tokens over cached blocks and over themselves: float32[kv_heads, group, T, head_dim].
 
     `query` [kv_heads, group, T, head_dim] comes scaled, `key` and `value` are [kv_heads, T, head_dim]; `entries` are
-    (keys, values) of each block. Scores are concatenated, never keys: under `vmap` that would copy a shared block per
-    particle.
+    (keys, values) of each block. A long pass goes in bands, each of which reads no key beyond its own end.
     """
+    length, mixed = query.shape[-2], []
+    band = QUERIES * -(-length // (BANDS * QUERIES))
+    for start in range(0, length, band):
+        stop = min(start + band, length)
+        keys, values = zip(*entries, (key[:, :stop], value[:, :stop]))
+        own = seen.own[start:stop, :stop]
+        masks = [mask if mask.ndim == 1 else mask[start:stop] for mask in seen.blocks]
+        mixed.append(_attend_in_parts(query[..., start:stop, :], keys, values, [*masks, own], cap))
+    return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=-2)
+
+
+def _attend_in_parts(query: Array, keys: Blocks, values: Blocks, masks: Blocks, cap: float | None) -> Array:
+    """Attention of a few queries at a time, so that their scores stay in the processor's cache."""
+    length = query.shape[-2]
+    if length <= QUERIES:
+        return _attend(query, keys, values, masks, cap)
+    parts = -(-length // QUERIES)
+
+    def split(x: Array) -> Array:  # [T, ...] to [parts, QUERIES, ...]
+        padded = jnp.pad(x, [(0, parts * QUERIES - length)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(parts, QUERIES, *x.shape[1:])
+
+    def one(part: tuple[Array, dict[int, Array]]) -> Array:
+        some = [part[1].get(i, mask) for i, mask in enumerate(masks)]
+        return _attend(part[0].transpose(1, 2, 0, 3), keys, values, some, cap).transpose(2, 0, 1, 3)
+
+    by_query = {i: split(mask) for i, mask in enumerate(masks) if mask.ndim == 2}
+    mixed = jax.lax.map(one, (split(query.transpose(2, 0, 1, 3)), by_query))
+    return mixed.reshape(-1, *mixed.shape[2:])[:length].transpose(1, 2, 0, 3)
+
+
+def _attend(query: Array, keys: Blocks, values: Blocks, masks: Blocks, cap: float | None) -> Array:
+    """Attention over all blocks. Scores are concatenated, never keys: under `vmap` that would copy a shared block per
+    particle."""
 
     def scores(key: Array, mask: Array) -> Array:
         product = jnp.einsum("kgtd,ksd->kgts", query.astype(key.dtype), key, preferred_element_type=jnp.float32)
         return jnp.where(mask, soft_cap(product, cap), MASKED)
 
-    keys, values = zip(*entries, (key, value))
-    weights = jax.nn.softmax(jnp.concatenate([*map(scores, keys, (*seen.blocks, seen.own))], axis=-1), axis=-1)
+    together = jnp.concatenate([*map(scores, keys, masks)], axis=-1)
+    weights = jnp.exp(together - together.max(-1, keepdims=True))
     mixed, start = jnp.float32(0), 0
     for v in values:
-        part = weights[..., start : start + v.shape[-2]].astype(v.dtype)
-        mixed += jnp.einsum("kgts,ksd->kgtd", part, v, preferred_element_type=jnp.float32)
+        some = weights[..., start : start + v.shape[-2]].astype(v.dtype)
+        mixed += jnp.einsum("kgts,ksd->kgtd", some, v, preferred_element_type=jnp.float32)
         start += v.shape[-2]
-    return mixed
+    return mixed / weights.sum(-1, keepdims=True)
 
 
 class Attention(nnx.Module):

@@ -31,7 +31,7 @@ class Transformer(nnx.Module):
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = new_matrix(rngs, shape, config)
-        places = (config.max_length, config.hidden_size)
+        places = (config.learned_positions, config.hidden_size)
         self.positions = new_matrix(rngs, places, config) if config.learned_positions else None
         self.layers = nnx.List([Layer(config, index, rngs) for index in range(config.num_layers)])
         self.norm = Norm((config.hidden_size,), config)

@@ -6,13 +6,14 @@ import pathlib
 import pkgutil
 import re
 
+import jax
 import pytest
 
 import latentrace.inference
 import latentrace.models
 import latentrace.ppl
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def modules():
@@ -27,6 +28,11 @@ def test_docstring_examples(name):
     assert failures == 0
 
 
-def test_readme_program():
-    (program,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
-    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("path", ["README.md", "models/README.md"])
+def test_programs_of_pages(path):
+    programs = re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
+    cache = jax.config.jax_compilation_cache_dir
+    for program in programs:
+        exec(compile(program, path, "exec"), {"__name__": "page"})
+    jax.config.update("jax_compilation_cache_dir", cache)
+    assert programs

@@ -98,3 +98,12 @@ def test_fresh_outputs(case, seed, reference, tmp_path):
     np.testing.assert_allclose(load(tmp_path, case, dtype="bfloat16").logits(tokens), rounded, atol=3e-2)
     models.save(lm, tmp_path / "saved")
     np.testing.assert_allclose(reference.logits_of(reference.read(tmp_path / "saved"), tokens), exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_shorter_context(case, tmp_path):
+    arrays, shapes = golden()
+    lm = models.load(write_checkpoint(tmp_path, case, shapes[case], seed=0), max_length=80)
+    np.testing.assert_allclose(lm.logits(arrays[f"{case}/tokens"])[::3], arrays[f"{case}/logits"], atol=1e-4)
+    models.save(lm, tmp_path / "saved")
+    assert models.load(tmp_path / "saved", max_length=80).config == lm.config

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from latentrace import models
+from latentrace.models import layers, scoring
 from latentrace.ppl.language_model import Block, LanguageModel, Memory, empty_memory
 
 from .helpers import hmm, logits_in_two_blocks, markov, transformer
@@ -86,6 +87,21 @@ def test_several_new_tokens_after_a_block(lm):
     memory = Memory((Block(entries, jnp.ones(4, bool)),), jnp.int32(4), last)
     found = after(lm, TOKENS[4:], memory)
     np.testing.assert_allclose(found, lm.logits(TOKENS)[4:], atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("length", [9, 31])
+def test_long_passes_attend_in_parts(length, window, monkeypatch):
+    """Bands, and parts of bands, with a last part that is not full, after a cached block."""
+    lm = transformer(layer_pattern=(models.LayerOptions(window=window), models.LayerOptions()))
+    tokens = jnp.arange(length + 5) * 7 % 11
+    expected = lm.logits(tokens)
+    monkeypatch.setattr(layers, "QUERIES", 3)
+    monkeypatch.setattr(layers, "BANDS", 2)
+    entries = jax.jit(lambda lm: lm.forward(tokens[:5], empty_memory())[1])(lm)
+    memory = Memory((Block(entries, jnp.ones(5, bool)),), jnp.int32(5), None)
+    found = jax.jit(lambda lm: lm.unembed(lm.forward(tokens[5:], memory)[0]))(lm)
+    np.testing.assert_allclose(found, expected[5:], atol=1e-5)
 
 
 def test_masked_block_counts_for_nothing(lm):
@@ -180,3 +196,20 @@ def test_gradients_reach_every_weight():
 def test_shape_errors_name_the_sizes():
     with pytest.raises(ValueError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
         transformer(num_kv_heads=3)
+
+
+@pytest.mark.parametrize("prompt", [(), (3,), (3, 0, 4)])
+def test_scoring_many_texts(lm, prompt):
+    texts = jax.random.randint(jax.random.key(1), (3, 20), 0, 5)
+    found = models.log_probs(lm, texts, prompt)
+    given = list(prompt) or [lm.start_id]
+    for row, text in zip(found, texts):
+        every = jax.nn.log_softmax(lm.logits([*given, *text.tolist()]))
+        np.testing.assert_allclose(row, every[jnp.arange(20) + len(given) - 1, text], atol=1e-4)
+
+
+def test_scoring_holds_few_logits():
+    """64 texts of 128 tokens over 20,000 tokens: their logits would take 655 MB."""
+    lm, texts = transformer(vocab_size=20_000, max_length=256), jnp.zeros((64, 128), jnp.int32)
+    compiled = scoring._log_probs.lower(lm, texts, jnp.zeros(1, jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 128 * 20_000 * 4 / 2
