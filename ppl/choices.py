@@ -47,6 +47,14 @@ class Choices(Protocol):
         """A uniform number in [0, 1), the same for all particles, for resampling `weights` float32[N]."""
         ...
 
+    def enter_element(self, i: Array, jaxpr: Any) -> "Choices":
+        """The choices of element `i` of a plate whose body is `jaxpr`; enumerated ones reserve digits for each element."""
+        ...
+
+    def leave_plate(self, size: int, jaxpr: Any) -> "Choices":
+        """The choices after a plate of `size` elements, from those before it."""
+        ...
+
 
 class Keyed(NamedTuple):
     """Pseudo-random choices: each draw is keyed by (run key, particle, site, loop indices, step)."""
@@ -57,6 +65,12 @@ class Keyed(NamedTuple):
 
     def supply(self, spec: Spec | None, active: Any) -> None:
         return None
+
+    def enter_element(self, i: Array, jaxpr: Any) -> "Keyed":
+        return self
+
+    def leave_plate(self, size: int, jaxpr: Any) -> "Keyed":
+        return self
 
     def site_key(self, site: SiteRef) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(self.run_key, self.particle), zlib.crc32(site.name.encode()))

@@ -345,7 +345,7 @@ class Interpreter:
                 ),
                 counts=jax.tree.map(jnp.zeros_like, outer.counts),
             )
-            choices = element_choices(outer.choices, i, jaxpr)
+            choices = outer.choices.enter_element(i, jaxpr)
             body = Interpreter(self.staged, self.consts, self.models, state._replace(choices=choices), given=given)
             body.axes, body.path, body.nested = (*self.axes, axis), (*self.path, i), True
             body.active, body.is_density = body.frame.put(active), self.is_density
@@ -358,7 +358,7 @@ class Interpreter:
             element, in_axes=(0, [0 if m else None for m in mapped], 0, 0), axis_name=axis
         )(jnp.arange(size, dtype=jnp.int32), values, twists, given)
         self.state = outer._replace(
-            choices=after_plate(outer.choices, size, jaxpr),
+            choices=outer.choices.leave_plate(size, jaxpr),
             log_twists={**outer.log_twists, **twists},
             faults=merge_faults(faults, outer),
             counts=jax.tree.map(lambda new, old: old + new.sum(), counts, outer.counts)._replace(
@@ -377,22 +377,11 @@ def sites_inside(closed: Any) -> list[str]:
     return [e.params["name"] for e in all_eqns(closed) if is_site(e) and "name" in e.params]
 
 
-def element_choices(choices: Any, i: Array, jaxpr: Any) -> Any:
-    """The choices of a plate's element; enumerated ones reserve a stretch of digits for each."""
-    enter = getattr(choices, "enter_element", None)
-    return choices if enter is None else enter(i, jaxpr)
-
-
 def merge_faults(faults: Faults, outer: State) -> Faults:
     """What went wrong in a plate's elements; in a particle that was dead before, nothing counts."""
     latest = jnp.argmax(faults.died_at)
     found = jax.tree.map(lambda x: x.max(axis=0), faults)._replace(died=faults.died[latest])
     return jax.tree.map(lambda new, old: jnp.where(outer.log_weight > -jnp.inf, new, old), found, outer.faults)
-
-
-def after_plate(choices: Any, size: int, jaxpr: Any) -> Any:
-    leave = getattr(choices, "leave_plate", None)
-    return choices if leave is None else leave(size, jaxpr)
 
 
 def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
