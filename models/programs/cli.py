@@ -53,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("sample", sample, "Texts sampled from a checkpoint.", 4)
     sub.add_argument("--model", required=True, metavar="DIR", help='a directory in Hugging Face layout, or "reasoner"')
     sub.add_argument("--prompt", default="", help="text to continue (default: empty)")
+    sub.add_argument("--chat", action="store_true", help="give the prompt as a user's message, in the model's chat template")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrices (default %(default)s)")
+    sub.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to add to the weights")
     sub.add_argument("--max-tokens", type=positive, default=64, help="most tokens of a text (default %(default)s)")
     sub.add_argument("--until", action="append", metavar="TEXT", help="stop after this text (may be repeated)")
     return parser
@@ -117,17 +120,22 @@ def summary(posterior: inference.Posterior) -> dict[str, Any]:
 
 
 @ppl.program
-def continuation(lm: ppl.LanguageModel, prompt: str, max_tokens: int, until: tuple[str, ...] | None) -> ppl.Text:
+def continuation(lm: ppl.LanguageModel, prompt: Any, max_tokens: int, until: tuple[str, ...] | None) -> ppl.Text:
     """A text that continues a prompt."""
     return ppl.generate("text", ppl.prompt(lm, prompt), max_tokens=max_tokens, until=until)[0]
 
 
 def sample(args: argparse.Namespace) -> None:
-    lm = models.load(args.model)
+    lm = models.load(args.model, dtype=args.dtype, adapter=args.adapter)
     start = time.perf_counter()
+    prompt = args.prompt
+    if args.chat:
+        if lm.tokenizer is None:
+            raise models.CheckpointError(f"{args.model} has no tokenizer.json, which --chat needs")
+        prompt = lm.tokenizer.chat([{"role": "user", "content": args.prompt}])
     until = tuple(args.until) if args.until else None
     algorithm = inference.ImportanceSampling(args.particles)
-    posterior = algorithm.run(jax.random.key(args.seed), continuation, lm, args.prompt, args.max_tokens, until)
+    posterior = algorithm.run(jax.random.key(args.seed), continuation, lm, prompt, args.max_tokens, until)
     texts = posterior.values["text"]
     log_probs = texts.log_probs.sum(-1)
     rows = [{"text": text, "log_prob": float(lp)} for text, lp in zip(texts.decode(), log_probs)]

@@ -83,8 +83,14 @@ def test_sample_names_an_unknown_model(capsys):
     assert captured.err.count("\n") == 1
 
 
+def test_a_model_without_a_chat_template(capsys):
+    assert cli.main(["sample", "--model", "reasoner", "--prompt", "hello", "--chat"]) != 0
+    assert "has no chat template" in capsys.readouterr().err
+
+
 def test_sample_writes_texts(capsys):
     arguments = ["sample", "--model", "reasoner", "--prompt", "4 6 8 10\n", "--particles", "2", "--max-tokens", "12"]
+    arguments += ["--dtype", "bfloat16"]
     assert cli.main([*arguments, "--until", "\n", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["samples"]) == 2
