@@ -43,8 +43,8 @@ class Choices(Protocol):
         """A token int32[] drawn from logits float32[V]."""
         ...
 
-    def offset(self, clock: Array, weights: Array) -> tuple[Array, "Choices"]:
-        """A uniform number in [0, 1), the same for all particles, for resampling `weights` float32[N]."""
+    def uniforms(self, clock: Array, weights: Array, count: int) -> tuple[Array, "Choices"]:
+        """Uniform numbers in [0, 1), float32[count], the same for all particles, for resampling `weights` float32[N]."""
         ...
 
     def enter_element(self, i: Array, jaxpr: Any) -> "Choices":
@@ -85,10 +85,10 @@ class Keyed(NamedTuple):
         u = jax.random.uniform(jax.random.fold_in(self.site_key(site), step))
         return inverse_cdf(jnp.exp(logits - logits.max()), u), self
 
-    def offset(self, clock: Array, weights: Array) -> tuple[Array, "Keyed"]:
+    def uniforms(self, clock: Array, weights: Array, count: int) -> tuple[Array, "Keyed"]:
         # particles are numbered from 0, so the largest number is free for what all of them share
         shared = jax.random.fold_in(self.run_key, 0xFFFFFFFF)
-        return jax.random.uniform(jax.random.fold_in(shared, clock)), self
+        return jax.random.uniform(jax.random.fold_in(shared, clock), (count,)), self
 
 
 def inverse_cdf(weights: Array, u: Array, width: int = 256) -> Array:

@@ -33,8 +33,9 @@ class ResampleBelow(NamedTuple):
         weights = jnp.where(alive, jnp.exp(log_weights - jnp.where(alive, total, 0.0)), 1 / n)
         ess = 1 / (weights**2).sum()
         due = (ess < self.threshold * n) & alive
-        offset, choices = choices.offset(clock, weights)
-        ancestor = jnp.where(due, SCHEMES[self.scheme](weights, offset)[me], me).astype(jnp.int32)
+        scheme = SCHEMES[self.scheme]
+        uniforms, choices = choices.uniforms(clock, weights, 1 if scheme.single else n)
+        ancestor = jnp.where(due, scheme.ancestors(weights, uniforms)[me], me)
         # everybody gets the mean weight, so the mean of weights stays an estimate of the evidence
         return due, ancestor, jnp.where(due, total - jnp.log(n), log_weight), choices
 
@@ -48,7 +49,7 @@ class SMC:
     Args:
         num_particles: size of the population.
         ess_threshold: resample when ESS < ess_threshold * num_particles; 0 never, above 1 always.
-        resample: "systematic".
+        resample: "systematic", "ssp", "stratified", "residual" or "multinomial" (`latentrace.inference.smc.resampling`).
         granularity: "token" resamples inside texts too, after each token whose weight can move (a constraint, a proposal
             or a twist of its own); "site" only between sites.
 

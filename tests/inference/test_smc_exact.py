@@ -15,6 +15,7 @@ import programs
 import pytest
 
 from latentrace import inference, ppl
+from latentrace.inference.smc.resampling import SCHEMES
 from latentrace.inference.smc.smc import ResampleBelow
 from latentrace.ppl.collectives import PARTICLES, index
 from latentrace.ppl.interpreter import Interpreter, first_state
@@ -33,6 +34,8 @@ class World(NamedTuple):
     shared: Any
     log_p_own: Any
     log_p_shared: Any
+    code: tuple = ()
+    """as many entries as the number of the resampling scheme: a tuple's length is part of the pytree's structure"""
 
     def supply(self, spec, active):
         return None
@@ -51,16 +54,42 @@ class World(NamedTuple):
     def token(self, site, step, logits):
         return self._choose(logits)
 
-    def offset(self, clock, weights):
-        """The middle of one of the N stretches of [0, 1) on which systematic resampling has the same outcome."""
-        inner = (N * jnp.cumsum(weights)[:-1] / weights.sum()) % 1.0
-        cuts = jnp.concatenate([jnp.zeros(1), jnp.sort(inner), jnp.ones(1)])
-        k = self.shared % N
-        paid = jnp.log(cuts[k + 1] - cuts[k])
-        return (cuts[k] + cuts[k + 1]) / 2, self._replace(shared=self.shared // N, log_p_shared=self.log_p_shared + paid)
+    def uniforms(self, clock, weights, count):
+        """The middle of one of the stretches of [0, 1)^count on which resampling two particles has the same outcome."""
+        cuts, log_p, chosen, rest = boundaries(self.scheme, weights), self.log_p_shared, [], self.shared
+        for i in range(count):
+            second, rest = rest % 2, rest // 2
+            low, high = jnp.where(second == 1, cuts[i], 0.0), jnp.where(second == 1, 1.0, cuts[i])
+            log_p += jnp.log(high - low)
+            chosen.append((low + high) / 2)
+        return jnp.stack(chosen), self._replace(shared=rest, log_p_shared=log_p)
+
+    @property
+    def scheme(self):
+        return next(name for name, code in CODES.items() if code == len(self.code))
 
 
-def estimated_measure(program, own: int, shared: int, inside_texts: bool, thresholds) -> tuple[np.ndarray, list[dict]]:
+CODES = {name: i for i, name in enumerate(SCHEMES)}
+
+
+def boundaries(scheme, weights):
+    """For N = 2, where each uniform number of a resampling starts to have its other outcome: float32[2]."""
+    w = weights[0]
+    whole = jnp.floor(2 * weights)
+    rest = 2 * weights - whole
+    none_left = rest.sum() < 0.5
+    return {
+        "multinomial": jnp.stack([w, w]),
+        "stratified": jnp.clip(jnp.stack([2 * w, 2 * w - 1]), 0, 1),
+        "systematic": jnp.stack([2 * w % 1.0]),
+        "residual": jnp.full(2, jnp.where(none_left, 0.5, rest[0] / jnp.maximum(rest.sum(), 1e-9))),
+        "ssp": jnp.stack([jnp.float32(0.5), jnp.where(none_left, 0.5, jnp.clip(rest[0], 0, 1))]),
+    }[scheme]
+
+
+def estimated_measure(
+    program, own: int, shared: int, inside_texts: bool, thresholds, scheme="systematic"
+) -> tuple[np.ndarray, list[dict]]:
     """For each threshold, the sum of P(world), and of P(world) * Z_hat * weight over each trace.
 
     `own` is how many outcomes a particle's draws have, `shared` how often the population may resample.
@@ -69,11 +98,11 @@ def estimated_measure(program, own: int, shared: int, inside_texts: bool, thresh
     consts = {name: jnp.asarray(array) for name, array in staged.consts.items()}
 
     def one_world(threshold, world):
-        policy = ResampleBelow(threshold, "systematic", inside_texts)
+        policy = ResampleBelow(threshold, scheme, inside_texts)
 
         def one_particle(_):
             zero = jnp.float32(0)
-            choices = World(world // own ** index() % own, world // own**N, zero, zero)
+            choices = World(world // own ** index() % own, world // own**N, zero, zero, (zero,) * CODES[scheme])
             state = first_state(staged, staged.models, choices)
             run = Interpreter(staged, consts, staged.models, state, policy=policy)
             cells = run.walk(staged.jaxpr, [])
@@ -84,7 +113,8 @@ def estimated_measure(program, own: int, shared: int, inside_texts: bool, thresh
         log_p = jnp.where(spent, choices.log_p_own.sum() + choices.log_p_shared[0], -jnp.inf)
         return log_p, log_weight, trace
 
-    worlds = jnp.arange(own**N * N**shared)
+    outcomes = 2 if SCHEMES[scheme].single else 4  # of one resampling
+    worlds = jnp.arange(own**N * outcomes**shared)
     over_worlds = jax.vmap(one_world, in_axes=(None, 0))
     results = jax.jit(jax.vmap(over_worlds, in_axes=(0, None)))(jnp.asarray(thresholds), worlds)
     log_p, log_weight, traces = (np.asarray(r) for r in results)
@@ -214,6 +244,22 @@ def test_expected_weighted_measure_is_the_target(case):
         for trace in {*target, *measure}:
             error = measure.get(trace, 0.0) - target.get(trace, 0.0)
             assert abs(error) < 1e-5 * evidence, (threshold, trace, error)
+
+
+QUICK = ("multinomial", "text, resampled at sites")
+OTHERS = [(scheme, case) for scheme in SCHEMES if scheme != "systematic" for case in ("loop", "text", "branches")]
+
+
+@pytest.mark.parametrize(("scheme", "case"), [QUICK, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)])
+def test_every_scheme_keeps_the_expected_measure(scheme, case):
+    program, density, own, shared, inside_texts = CASES[case]
+    target = programs.measure(programs.paths(density))
+    total, measures = estimated_measure(program, own, shared, inside_texts, (0.8, 1.1), scheme)
+    np.testing.assert_allclose(total, 1.0, atol=1e-5)
+    for measure in measures:
+        for trace in {*target, *measure}:
+            error = measure.get(trace, 0.0) - target.get(trace, 0.0)
+            assert abs(error) < 1e-5 * sum(target.values()), (trace, error)
 
 
 @pytest.mark.parametrize("case", ["loop", "text", "branches"])

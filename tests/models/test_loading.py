@@ -1,6 +1,7 @@
 """Directories on disk: round trips, and errors that name what is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -275,5 +276,7 @@ def test_never_two_copies_in_memory(tmp_path):
     lm = models.TransformerLM.from_module(models.Transformer(helper_config(**sizes), rngs=nnx.Rngs(0)))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(lm)) / 2**20
     models.save(lm, tmp_path)
-    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 1.8 * size
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc gives freed arrays back at once
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 1.4 * size

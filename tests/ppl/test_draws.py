@@ -1,4 +1,4 @@
-"""The pieces that choose: inverse CDF, systematic resampling, and the automaton of stop strings."""
+"""The pieces that choose: inverse CDF, and the automaton of stop strings."""
 
 import jax
 import jax.numpy as jnp
@@ -9,52 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrace import models
-from latentrace.inference.smc.resampling import systematic
 from latentrace.ppl.choices import Keyed, SiteRef, inverse_cdf
 from latentrace.ppl.until import stop_table
 
-resample = jax.jit(systematic)
 draw = jax.jit(jax.vmap(inverse_cdf, in_axes=(None, 0)))
 BELOW_ONE = np.float32(1) - np.float32(2**-24)
-
-
-def weights_with_zeros(rng, n: int, alive: float) -> np.ndarray:
-    """Normalised weights of very different sizes, most of them 0, the last ones too."""
-    weights = np.exp(3 * rng.normal(size=n)) * (rng.random(n) < alive)
-    weights[n - n // 3 :] = 0
-    weights[0 if n < 3 else n // 2] += 1e-3
-    return (weights / weights.sum()).astype(np.float32)
-
-
-def at_boundaries(weights: np.ndarray) -> list[np.float32]:
-    """Offsets at which a resampling point falls on or beside a float32 prefix sum."""
-    cumulative = np.asarray(jnp.cumsum(jnp.asarray(weights)))
-    fractions = (cumulative / cumulative[-1] * len(weights) % 1).astype(np.float32)
-    beside = [np.nextafter(fractions, np.float32(to)) for to in (0, 1)]
-    return [u for u in np.unique(np.concatenate([fractions, *beside])) if 0 <= u < 1]
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 65, 1000, 4096])
-@pytest.mark.parametrize("alive", [0.9, 0.5, 0.02])
-def test_dead_particles_are_never_ancestors(n, alive):
-    rng = np.random.default_rng(n)
-    for _ in range(3):
-        weights = weights_with_zeros(rng, n, alive)
-        offsets = [*rng.choice(at_boundaries(weights), 12), np.float32(0), BELOW_ONE]
-        ancestors = np.stack([resample(weights, u) for u in offsets])
-        assert (weights[ancestors] > 0).all()
-        assert (np.diff(ancestors, axis=1) >= 0).all()
-
-
-def test_systematic_offspring_are_floor_or_ceil_and_unbiased():
-    weights = np.array([0.05, 0.41, 0.0, 0.32, 0.22], np.float32)
-    offsets = (np.arange(4000) + 0.5) / 4000
-    ancestors = np.asarray(jax.vmap(systematic, in_axes=(None, 0))(weights, jnp.asarray(offsets, jnp.float32)))
-    offspring = (ancestors[:, :, None] == np.arange(5)).sum(1)
-    expected = 5 * weights
-    assert (offspring >= np.floor(expected - 1e-6)).all()
-    assert (offspring <= np.ceil(expected + 1e-6)).all()
-    np.testing.assert_allclose(offspring.mean(0), expected, atol=1 / 4000 * 5)  # the grid's step, at each boundary
 
 
 @pytest.mark.parametrize("v", [1, 2, 3, 255, 256, 257, 513, 5000])
