@@ -4,7 +4,7 @@ A family is a table of differences. `Names` maps the arrays of a `Transformer` t
 `Family` map `TransformerConfig` to the keys of config.json, in both directions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,11 +44,11 @@ class Family:
 
     architecture: str
     names: Names = Names()
-    keys: Mapping[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     """Field of `TransformerConfig` -> key of config.json, beyond or instead of `KEYS`."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
     """Values of keys that config.json may leave out."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     """Fields of `TransformerConfig` that are the same in the whole family."""
     sliding: Callable[[int, dict], bool] = lambda layer, raw: False
     """Whether a layer has the sliding window, where config.json has no `layer_types`."""
@@ -114,7 +114,7 @@ QWEN3 = replace(
     QWEN2,
     architecture="Qwen3ForCausalLM",
     keys=ATTENTION_BIAS,
-    defaults=QWEN2.defaults | {"head_dim": 128},  # type: ignore[operator]
+    defaults=QWEN2.defaults | {"head_dim": 128},
     fixed={"qk_norm": "head"},
 )
 GEMMA = Family(
@@ -156,7 +156,7 @@ GEMMA2 = Family(
 GEMMA3 = replace(
     GEMMA2,
     architecture="Gemma3ForCausalLM",
-    defaults=GEMMA2.defaults  # type: ignore[operator]
+    defaults=GEMMA2.defaults
     | {
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
@@ -164,7 +164,7 @@ GEMMA3 = replace(
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     },
-    fixed=GEMMA2.fixed | {"qk_norm": "head"},  # type: ignore[operator]
+    fixed=GEMMA2.fixed | {"qk_norm": "head"},
     sliding=lambda layer, raw: (layer + 1) % raw["sliding_window_pattern"] != 0,
 )
 PHI3 = Family(

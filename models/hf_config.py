@@ -28,6 +28,8 @@ REFUSED = {
     "use_bidirectional_attention": "a language model sees only what precedes a token",
 }
 """Options that would change the model's meaning unseen, and what to do."""
+NULLABLE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+"""Options whose null is a value; elsewhere null means that the option is left out."""
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -78,8 +80,8 @@ def parse(raw: dict[str, Any], max_length: int | None = None) -> TransformerConf
     for option, mend in REFUSED.items():
         if raw.get(option):
             raise ValueError(f"{option} is set; {mend}")
-    raw = DEFAULTS | dict(family.defaults) | {key: value for key, value in raw.items() if value is not None or key in NULLABLE}
-    keys = {ours: theirs for ours, theirs in (KEYS | dict(family.keys)).items() if theirs}
+    raw = DEFAULTS | family.defaults | {key: value for key, value in raw.items() if value is not None or key in NULLABLE}
+    keys = {ours: theirs for ours, theirs in (KEYS | family.keys).items() if theirs}
     for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_length"):
         _size(raw, keys[name])
     found = {ours: raw[theirs] for ours, theirs in keys.items() if theirs in raw}
@@ -87,7 +89,7 @@ def parse(raw: dict[str, Any], max_length: int | None = None) -> TransformerConf
     found |= {name: bool(found[name]) for name in found if name.endswith("_bias")}
     found.setdefault("num_kv_heads", found["num_heads"])
     found.setdefault("head_dim", found["hidden_size"] // found["num_heads"])
-    found |= dict(family.fixed) | family.derive(raw)
+    found |= family.fixed | family.derive(raw)
     _size(found, "intermediate_size")
     trained = raw.get("original_max_position_embeddings") if _rope_type(raw) == "longrope" else None
     allowed = found["max_length"]
@@ -97,10 +99,6 @@ def parse(raw: dict[str, Any], max_length: int | None = None) -> TransformerConf
     pattern = _layers(raw, family, found)
     special = {"eos_id": 0, "bos_id": None, "family": str(model_type)}
     return TransformerConfig(**(found | special | {"layer_pattern": pattern}))
-
-
-NULLABLE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
-"""Options whose null is a value; elsewhere null means that the option is left out."""
 
 
 def _size(raw: dict, name: str) -> int:
@@ -224,7 +222,7 @@ def token_name(tokenizer: Tokenizer, token_id: int | None) -> str | None:
 def to_hf_config(config: TransformerConfig) -> dict[str, Any]:
     """The content of config.json. Raises `CheckpointError` where the model's family cannot express its options."""
     family = FAMILIES[config.family]
-    keys = {ours: theirs for ours, theirs in (KEYS | dict(family.keys)).items() if theirs}
+    keys = {ours: theirs for ours, theirs in (KEYS | family.keys).items() if theirs}
     raw: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
     raw[keys["activation"]] = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
     raw |= {"architectures": [family.architecture], "model_type": config.family, "torch_dtype": config.dtype}

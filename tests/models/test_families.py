@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from latentrace import models
+from latentrace.models.hf_config import parse
 
-from .families import CASES, GOLDEN, MAX_LENGTH, write_checkpoint
+from .families import CASES, GOLDEN, LLAMA3, MAX_LENGTH, config_of, write_checkpoint
 from .helpers import logits_in_two_blocks
 
 
@@ -72,6 +73,29 @@ def test_round_trip(case, tmp_path):
     assert load(tmp_path / "saved", case).config == lm.config
 
 
+NEW_SPELLING = {
+    "llama-llama3": {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}},
+    "gpt_neox-sequential": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "gemma3-scaled": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("case", NEW_SPELLING)
+def test_both_spellings_of_rotary_options(case):
+    old = config_of(case)
+    new = {
+        key: value for key, value in old.items() if "rope" not in key and key not in {"rotary_pct", "sliding_window_pattern"}
+    }
+    assert parse(new) != parse(old)
+    assert parse(new | NEW_SPELLING[case]) == parse(old)
+
+
 @pytest.fixture
 def reference(monkeypatch):
     """The script that makes the stored outputs; needs torch and transformers."""
@@ -96,6 +120,8 @@ def test_fresh_outputs(case, seed, reference, tmp_path):
     np.testing.assert_array_equal(lm.logits(tokens)[7:-1].argmax(-1), tokens[8:])
     rounded = reference.logits_of(reference.network_of(case, seed, tmp_path, "bfloat16")[0], tokens)
     np.testing.assert_allclose(load(tmp_path, case, dtype="bfloat16").logits(tokens), rounded, atol=3e-2)
+    network.config.save_pretrained(tmp_path)  # its own spelling of every option
+    assert load(tmp_path, case).config == lm.config
     models.save(lm, tmp_path / "saved")
     np.testing.assert_allclose(reference.logits_of(reference.read(tmp_path / "saved"), tokens), exact, atol=1e-4)
 
