@@ -67,7 +67,7 @@ class Norm(nnx.Module):
 
     def __init__(self, shape: tuple[int, ...], config: TransformerConfig):
         self.config, self.axes = config, tuple(range(-len(shape), 0))
-        self.scale = nnx.Param(jnp.full(shape, 1.0 - config.norm_offset))
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - config.norm_offset, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(shape)) if config.norm == "layer" else None
 
     def __call__(self, x: Array) -> Array:

@@ -5,7 +5,7 @@ from .language_model import Block, LanguageModel, Memory
 from .program import Program, Trace, program
 from .proposals import AllowedTokens, Constraint
 from .sites import bound, condition, deterministic, factor, observe, sample, scope, twist, vmap
-from .text import Context, Text, extend, generate, prompt, score, tokens
+from .text import Context, Text, extend, features, generate, prompt, score, tokens
 
 __all__ = [
     "AllowedTokens",
@@ -23,6 +23,7 @@ __all__ = [
     "errors",
     "extend",
     "factor",
+    "features",
     "generate",
     "observe",
     "program",

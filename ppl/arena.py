@@ -41,6 +41,8 @@ class Row(NamedTuple):
     """int32[]: slot of the most recent cached token, counted over all levels; -1 where it lies in the prompt"""
     finished: Array
     """bool[]: whether a generated or scored EOS ended it"""
+    features: Array
+    """float32[D]: the model's features from which the pending token was predicted; D is 0 where no program reads them"""
 
 
 class Arena(NamedTuple):
@@ -57,11 +59,12 @@ class Arena(NamedTuple):
     """int32[]: first free row, the same for all particles"""
 
 
-def new_arena(lm: LanguageModel, handles: int, slots: int) -> Arena:
-    """An empty arena with room for `handles` contexts and `slots` cached tokens."""
+def new_arena(lm: LanguageModel, handles: int, slots: int, features: int) -> Arena:
+    """An empty arena with room for `handles` contexts, `slots` cached tokens and so many features of each context."""
     cache, tokens = _empty_level(lm, slots)
     scalar = jnp.zeros(handles, jnp.int32)
-    table = Row((jnp.zeros((handles, slots), bool),), scalar - 1, scalar, scalar, scalar - 1, jnp.zeros(handles, bool))
+    read = jnp.zeros((handles, features), jnp.float32)
+    table = Row((jnp.zeros((handles, slots), bool),), scalar - 1, scalar, scalar, scalar - 1, jnp.zeros(handles, bool), read)
     return Arena((cache,), (tokens,), table, jnp.int32(0), jnp.int32(0))
 
 
@@ -141,8 +144,11 @@ def _written_after(arena: Arena, features: Array) -> Arena:
     return arena._replace(used=jnp.minimum(arena.used, arena.used + computed))
 
 
-def claim(arena: Arena, row: Row, count: Array, pending: Array) -> tuple[Arena, Row]:
-    """Give the next `count` slots to a context, whose last token becomes `pending`; nothing happens where count is 0."""
+def claim(arena: Arena, row: Row, count: Array, pending: Array, features: Array) -> tuple[Arena, Row]:
+    """Give the next `count` slots to a context, whose last token becomes `pending`; nothing happens where count is 0.
+
+    `features` [T, D] are those of the new tokens, of which the last one predicted `pending`.
+    """
     slot = jnp.arange(row.slots[-1].shape[0])
     own = row.slots[-1] | ((slot >= arena.used) & (slot < arena.used + count))
     offset = sum(s.shape[0] for s in row.slots[:-1])
@@ -152,8 +158,17 @@ def claim(arena: Arena, row: Row, count: Array, pending: Array) -> tuple[Arena, 
         position=row.position + count,
         pending=jnp.where(some, pending, row.pending),
         last=jnp.where(some, offset + arena.used + count - 1, row.last),
+        features=read_features(row.features, features, count),
     )
     return arena._replace(used=arena.used + count), row
+
+
+def read_features(before: Array, features: Array, count: Array) -> Array:
+    """Row count - 1 of `features` [T, D], or `before` where count is 0; nothing where no features are kept."""
+    if not before.shape[-1]:
+        return before
+    row = jax.lax.dynamic_index_in_dim(features, jnp.maximum(count - 1, 0), keepdims=False)
+    return jnp.where(count > 0, row.astype(jnp.float32), before)
 
 
 def append(
@@ -169,20 +184,21 @@ def append(
     arena = _written_after(arena, features)
     arena = write_entries(arena, entries, fed)
     pending = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(count - 1, 0), keepdims=False)
-    arena, row = claim(arena, row, count, pending)
+    arena, row = claim(arena, row, count, pending, features)
     return features, arena, row
 
 
 def start_row(lm: LanguageModel, arena: Arena) -> Row:
     """The context that holds the start token only."""
     empty = tuple(jnp.zeros(s.shape[1], bool) for s in arena.table.slots)
-    return Row(empty, jnp.int32(-1), jnp.int32(0), jnp.int32(lm.start_id), jnp.int32(-1), jnp.asarray(False))
+    nothing = jnp.zeros(arena.table.features.shape[-1:], jnp.float32)
+    return Row(empty, jnp.int32(-1), jnp.int32(0), jnp.int32(lm.start_id), jnp.int32(-1), jnp.asarray(False), nothing)
 
 
-def prefill(lm: LanguageModel, tokens: Array, count: Array) -> Prompt:
-    """Cache all but the last of a prompt's `count` tokens (int32[B])."""
-    _, entries = lm.forward(tokens, empty_memory())
-    return Prompt(entries, tokens, jnp.maximum(count - 1, 0))
+def prefill(lm: LanguageModel, tokens: Array, count: Array) -> tuple[Array, Prompt]:
+    """Cache all but the last of a prompt's `count` tokens (int32[B]); returns features [B, D] too."""
+    features, entries = lm.forward(tokens, empty_memory())
+    return features, Prompt(entries, tokens, jnp.maximum(count - 1, 0))
 
 
 def last_tokens(arena: Arena, row: Row, prompts: list[Prompt], last: int, pad: int) -> tuple[Array, Array]:

@@ -127,7 +127,7 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         features, arena, _ = append(lm, arena, w.row, known, w.row.pending[None], jnp.int32(0))
         logits = lm.unembed(features)[0]
         token, log_p, log_q, choices, restricted = draw(state.choices, site, step, logits, here, w.constraint_state)
-        arena, row = claim(arena, w.row, live.astype(jnp.int32), token)  # the token before this one has just been cached
+        arena, row = claim(arena, w.row, live.astype(jnp.int32), token, features)  # the token before this one has just been cached
         ends = token == lm.eos_id
         stop_state, stops = here.stops(w.stop_state, token)
         ended = live & (ends | stops)

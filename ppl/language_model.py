@@ -79,6 +79,11 @@ class LanguageModel(Protocol):
         ...
 
 
+def feature_size(lm: LanguageModel) -> int:
+    """D: how many features `forward` gives for a token."""
+    return int(jax.eval_shape(lambda t: lm.forward(t, empty_memory())[0], jnp.zeros(1, jnp.int32)).shape[-1])
+
+
 def token_log_probs(lm: LanguageModel, features: Array, tokens: Array) -> Array:
     """log p(tokens[t]) after features[t], in nats: float32[T] of features [T, D] and int32[T].
 

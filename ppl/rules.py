@@ -9,7 +9,7 @@ import numpy as np
 from numpyro.distributions import ExpandedDistribution, MaskedDistribution
 
 from . import sites
-from .arena import add_row, append, last_tokens, prefill, read_row, start_row
+from .arena import add_row, append, last_tokens, prefill, read_features, read_row, start_row
 from .choices import Spec
 from .decode import decode, replay
 from .language_model import token_log_probs
@@ -102,14 +102,18 @@ def prompt(run: "Interpreter", tokens: Array, *, model: int, name: str) -> list[
     lm, arena = run.models[model], run.state.arenas[model]
     row, count = start_row(lm, arena), (tokens != PAD).sum().astype(jnp.int32)
     clean = jnp.where(tokens == PAD, lm.eos_id, tokens)
+    known = jnp.maximum(count - 1, 0)  # the last token is pending
     if run.nested:
-        _, arena, row = append(lm, arena, row, [], clean, jnp.maximum(count - 1, 0))
-        pending = clean[jnp.maximum(count - 1, 0)]
-        row = row._replace(pending=jnp.where(count > 0, pending, lm.start_id))
+        row = row._replace(pending=jnp.where(count > 0, clean[0], lm.start_id).astype(jnp.int32))
+        _, arena, row = append(lm, arena, row, [], jnp.roll(clean, -1), known)
     else:
-        block = prefill(lm, clean, count)
-        pending = jnp.where(count > 0, clean[jnp.maximum(count - 1, 0)], lm.start_id).astype(jnp.int32)
-        row = row._replace(prompt=jnp.int32(len(run.prompts[model])), position=block.cached, pending=pending)
+        features, block = prefill(lm, clean, count)
+        row = row._replace(
+            prompt=jnp.int32(len(run.prompts[model])),
+            position=block.cached,
+            pending=jnp.where(count > 0, clean[known], lm.start_id).astype(jnp.int32),
+            features=read_features(row.features, features, known),
+        )
         run.prompts[model].append(run.frame.put(block))
     arena, handle = add_row(arena, row)
     run.state = with_arena(run.state, model, arena)
@@ -158,6 +162,10 @@ def tokens(run: "Interpreter", handle: Array, *, last: int, model: int, name: st
     return list(last_tokens(arena, read_row(arena, handle), run.read_prompts(model), last, run.models[model].eos_id))
 
 
+def features(run: "Interpreter", handle: Array, *, model: int, **_: Any) -> list[Any]:
+    return [read_row(run.state.arenas[model], handle).features]
+
+
 def generate(
     run: "Interpreter", handle: Array, *operands: Array, name: str, model: int, max_tokens: int, **options: Any
 ) -> list[Any]:
@@ -187,5 +195,6 @@ RULES: dict[Any, Callable[..., list[Any]]] = {
     sites.extend_p: extend,
     sites.score_p: score,
     sites.tokens_p: tokens,
+    sites.features_p: features,
     sites.generate_p: generate,
 }

@@ -132,6 +132,7 @@ prompt_p = _primitive("prompt", lambda tokens, **_: [HANDLE])
 extend_p = _primitive("extend", lambda handle, tokens, **_: [HANDLE])
 score_p = _primitive("score", lambda handle, tokens, **_: [HANDLE])
 tokens_p = _primitive("tokens", lambda handle, last, **_: [_aval((last,), "int32"), _aval((), "int32")])
+features_p = _primitive("features", lambda handle, size, **_: [_aval((size,), "float32")])
 generate_p = _primitive("generate", lambda *operands, max_tokens, **_: [*_text_avals(max_tokens), HANDLE])
 plate_p = _primitive("plate", lambda *operands, size, jaxpr, **_: [_aval((size, *a.shape), a.dtype) for a in jaxpr.out_avals])
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import SiteError
-from .language_model import LanguageModel
+from .language_model import LanguageModel, feature_size
 from .proposals import AllowedTokens, Constraint, Proposal
-from .sites import extend_p, generate_p, hoist, model_number, prompt_p, score_p, site_name, tokens_p
+from .sites import extend_p, features_p, generate_p, hoist, model_number, prompt_p, score_p, site_name, tokens_p
 from .until import stop_table
 
 Array = jax.Array
@@ -155,6 +155,21 @@ def tokens(context: Context, last: int) -> tuple[Array, Array]:
     if last < 1:
         raise SiteError(f"tokens: `last` must be at least 1, not {last}")
     return tuple(tokens_p.bind(context.handle, last=last, model=model_number(context.lm), name="tokens()"))  # type: ignore[return-value]
+
+
+def features(context: Context) -> Array:
+    """The model's features float32[D] from which the context's last token was predicted: what `lm.unembed` read there.
+
+    They have seen every token but the last, and cost nothing: the pass that drew the last token computed them. A head on
+    them, such as a process reward, reads a text up to its end where the last token (a newline, say) says nothing
+    new. Zeros where the context holds no more than a start token.
+
+        line, context = ppl.generate("line", context, until="\\n", max_tokens=16)
+        ppl.twist("promise", jax.nn.log_sigmoid(weights @ ppl.features(context)))
+    """
+    site_name("features")
+    size = feature_size(context.lm)
+    return features_p.bind(context.handle, size=size, model=model_number(context.lm), name="features()")[0]  # type: ignore[no-any-return]
 
 
 def generate(
