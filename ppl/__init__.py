@@ -1,6 +1,6 @@
 """The language: sites, contexts and texts, programs and their staging, and the interpreter that inference builds on."""
 
-from . import errors, proposals
+from . import constraints, errors, proposals
 from .language_model import Block, LanguageModel, Memory
 from .program import Program, Trace, program
 from .proposals import AllowedTokens, Constraint
@@ -19,6 +19,7 @@ __all__ = [
     "Trace",
     "bound",
     "condition",
+    "constraints",
     "deterministic",
     "errors",
     "extend",

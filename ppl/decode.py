@@ -109,7 +109,7 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         done=idle,
         log_probs=jnp.zeros(max_tokens, jnp.float32),
         stop_state=jnp.int32(0),
-        constraint_state=() if options.constraint is None else options.constraint.start(),
+        constraint_state=() if options.constraint is None else options.constraint.start(max_tokens),
     )
 
     def going(loop: Any) -> Array:
@@ -127,7 +127,8 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         features, arena, _ = append(lm, arena, w.row, known, w.row.pending[None], jnp.int32(0))
         logits = lm.unembed(features)[0]
         token, log_p, log_q, choices, restricted = draw(state.choices, site, step, logits, here, w.constraint_state)
-        arena, row = claim(arena, w.row, live.astype(jnp.int32), token, features)  # the token before this one has just been cached
+        # the token before this one has just been cached
+        arena, row = claim(arena, w.row, live.astype(jnp.int32), token, features)
         ends = token == lm.eos_id
         stop_state, stops = here.stops(w.stop_state, token)
         ended = live & (ends | stops)
@@ -201,7 +202,7 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
     lm, arena, active = run.models[model], run.state.arenas[model], jnp.asarray(run.is_active())
     options = read_options(operands, counts, constraint, proposal, twist)
     row = read_row(arena, handle)
-    start = () if options.constraint is None else options.constraint.start()
+    start = () if options.constraint is None else options.constraint.start(max_tokens)
 
     def scan_ends(carry: Any, token: Array) -> Any:
         done, stop_state, constraint_state = carry

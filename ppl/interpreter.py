@@ -388,8 +388,6 @@ def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
     """The state before the first site."""
     wants = need(staged.jaxpr)
     read = {e.params["model"]: e.params["size"] for e in all_eqns(staged.jaxpr) if e.primitive is sites.features_p}
-    arenas = tuple(
-        new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0), read.get(m, 0)) for m, lm in enumerate(models)
-    )
+    arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0), read.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
     return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), jnp.int32(0), index())

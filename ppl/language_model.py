@@ -4,6 +4,7 @@ Anything with the members of `LanguageModel` can be prompted, generated from and
 `latentrace.models`; `MarkovLM` there is the shortest complete example.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -81,7 +82,14 @@ class LanguageModel(Protocol):
 
 def feature_size(lm: LanguageModel) -> int:
     """D: how many features `forward` gives for a token."""
-    return int(jax.eval_shape(lambda t: lm.forward(t, empty_memory())[0], jnp.zeros(1, jnp.int32)).shape[-1])
+    leaves, tree = jax.tree.flatten(lm)
+    return _feature_size(tree, tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves))
+
+
+@lru_cache(maxsize=64)
+def _feature_size(tree: Any, leaves: tuple[Any, ...]) -> int:
+    features = lambda weights, token: tree.unflatten(weights).forward(token, empty_memory())[0]
+    return int(jax.eval_shape(features, leaves, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1])
 
 
 def token_log_probs(lm: LanguageModel, features: Array, tokens: Array) -> Array:

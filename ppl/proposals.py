@@ -54,8 +54,11 @@ class Constraint(Protocol):
     tokens only.
     """
 
-    def start(self) -> Any:
-        """The state before the first token: a pytree of arrays."""
+    def start(self, max_tokens: int) -> Any:
+        """The state before the first of at most `max_tokens` tokens: a pytree of arrays.
+
+        `SiteError` where no text is short enough.
+        """
         ...
 
     def mask(self, state: Any) -> Array:
@@ -73,7 +76,7 @@ class AllowedTokens(NamedTuple):
     allowed: Array
     """bool[V]"""
 
-    def start(self) -> Any:
+    def start(self, max_tokens: int) -> Any:
         return ()
 
     def mask(self, state: Any) -> Array:

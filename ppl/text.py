@@ -190,7 +190,8 @@ def generate(
     Args:
         max_tokens: most tokens of the text, at least 1.
         until: stop strings (they may span tokens) or stop token ids.
-        constraint: bool[V] of allowed tokens, or a `Constraint`: the text is conditioned on being allowed.
+        constraint: bool[V] of allowed tokens, or a `Constraint` such as those of `latentrace.ppl.constraints` (regular
+            expressions, words, automata): the text is conditioned on being allowed.
         proposal: what to draw tokens from, a function of logits float32[V] (see `latentrace.ppl.proposals`).
         twist: a function of the `Text` so far that gives a log potential (nats) after each token; steers SMC inside the
             text as `ppl.twist` does between sites, and is taken back at the end.
@@ -201,6 +202,11 @@ def generate(
         raise SiteError(f"site {full!r}: max_tokens must be a whole number of at least 1, found {max_tokens!r}")
     if constraint is not None and not hasattr(constraint, "mask"):
         constraint = _allowed(full, lm, constraint)
+    if constraint is not None:
+        try:  # before anything is compiled or decoded
+            jax.eval_shape(lambda: cast(Constraint, constraint).start(int(max_tokens)))
+        except SiteError as error:
+            raise SiteError(f"site {full!r}: {error}") from None
     operands: dict[str, list[Any]] = {"until": [], "constraint": [], "proposal": [], "twist": []}
     table = stop_table(lm, until, full)
     if table is not None:

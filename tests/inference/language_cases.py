@@ -152,7 +152,7 @@ class NoRepeat(NamedTuple):
 
     masks: Any
 
-    def start(self):
+    def start(self, max_tokens):
         return jnp.int32(3)
 
     def mask(self, state):

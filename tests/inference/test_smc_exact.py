@@ -157,7 +157,7 @@ class NothingAfterB(NamedTuple):
 
     masks: Any
 
-    def start(self):
+    def start(self, max_tokens):
         return jnp.int32(0)
 
     def mask(self, state):
