@@ -16,6 +16,8 @@ def main() -> None:
         NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(path.parent))
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # time stamps would change at every run
+            if "outputs" in cell:  # progress bars are for those who wait
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         if not args.check:
             nbformat.write(notebook, path)
         print(f"{path.name}: {sum(c.cell_type == 'code' for c in notebook.cells)} cells ran")

@@ -1,4 +1,4 @@
-"""The command line: `latentrace solve` and `latentrace sample`."""
+"""The command line: `latentrace solve`, `latentrace compare` and `latentrace sample`."""
 
 import argparse
 import json
@@ -10,11 +10,16 @@ from typing import Any
 import jax
 
 from latentrace import inference, models, ppl
-from latentrace.models.reasoner import game24
+from latentrace.models.reasoner import countdown as puzzles
+from latentrace.models.reasoner import word_problems
+from latentrace.models.reasoner.process_reward import load_process_reward
 
-from .game24 import expression_of, game_of_24
+from .countdown import countdown, expression_of
+from .step_by_step import step_by_step
 
 MAX_SHOWN = 10
+TASKS = {"countdown": "countdown4", "game24": "hard", "words": "words"}
+"""Tasks of `compare` and the held-out split of each."""
 
 
 class UsageError(Exception):
@@ -47,9 +52,19 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
 
-    sub = add("solve", solve, "The posterior over solutions of a Game of 24, from the shipped model.", 256)
-    sub.add_argument("puzzle", help='four whole numbers, such as "4 6 8 10"')
+    text = "The posterior over solutions of a Countdown puzzle, or over answers of a word problem, from the shipped model."
+    sub = add("solve", solve, text, 256)
+    sub.add_argument("problem", help='"4 6 8 10" (make 24), "4 6 8 10=32", or "Ann has 12 pens. ... does Ann have?"')
     sub.add_argument("--algorithm", choices=["smc", "importance"], default="smc", help="inference (default %(default)s)")
+    text = "Sampling, best of N, majority vote, importance sampling and SMC at equal tokens, on held-out problems."
+    sub = commands.add_parser("compare", help=text, description=text)
+    sub.set_defaults(command=compare)
+    sub.add_argument("--tasks", nargs="+", choices=TASKS, default=["game24", "words"], help="(default %(default)s)")
+    sub.add_argument("--problems", type=positive, default=100, help="problems of each task (default %(default)s)")
+    sub.add_argument("--samples", type=positive, nargs="+", default=[4, 8, 16, 32], metavar="N", help="samples or particles")
+    sub.add_argument("--seed", type=int, default=0, help="seed of all randomness (default %(default)s)")
+    sub.add_argument("--figure", metavar="FILE", help="draw accuracy against tokens, as PNG, PDF or SVG")
+    sub.add_argument("--json", action="store_true", help="print JSON")
     sub = add("sample", sample, "Texts sampled from a checkpoint.", 4)
     sub.add_argument("--model", required=True, metavar="DIR", help='a directory in Hugging Face layout, or "reasoner"')
     sub.add_argument("--prompt", default="", help="text to continue (default: empty)")
@@ -68,46 +83,80 @@ def positive(text: str) -> int:
     return value
 
 
-def check_solvable(puzzle: str) -> tuple[int, ...]:
-    """The puzzle's numbers; a `UsageError` where the model can write no solution."""
+def check_puzzle(text: str) -> puzzles.Puzzle:
+    """A Countdown puzzle; a `UsageError` where the model can write no solution."""
     try:
-        numbers = game24.check_puzzle(puzzle)
+        puzzle = puzzles.check_puzzle(text)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if not game24.solve(numbers):
-        raise UsageError(f"{puzzle}: no way to make 24 exists")
-    if game24.needs_fractions(numbers):
-        raise UsageError(f"{puzzle}: every solution passes through fractions or numbers that the shipped model cannot write")
-    return numbers
+    if not puzzles.solve(*puzzle, whole=True):
+        if not puzzles.solve(*puzzle):
+            raise UsageError(f"{text}: no way to make {puzzle.target} exists")
+        raise UsageError(f"{text}: every solution passes through fractions or numbers that the shipped model cannot write")
+    return puzzle
 
 
 def solve(args: argparse.Namespace) -> None:
-    check_solvable(args.puzzle)
-    lm = models.load("reasoner")
     make = {"smc": inference.SMC, "importance": inference.ImportanceSampling}[args.algorithm]
-    try:
-        posterior = make(args.particles).run(jax.random.key(args.seed), game_of_24, lm, args.puzzle)
-    except ppl.errors.AllParticlesDeadError:
-        raise UsageError(
-            f"{args.puzzle}: none of {args.particles} particles reached a solution; try more --particles or another --seed"
-        ) from None
-    solutions = posterior.marginal(expression_of)
-    ledger = posterior.ledger
+    algorithm, key = make(args.particles), jax.random.key(args.seed)
+    if any(letter.isalpha() for letter in args.problem):
+        try:
+            word_problems.solve(args.problem)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        posterior = algorithm.run(key, step_by_step, models.load("reasoner"), args.problem, load_process_reward())
+        kind, rows = "answer", posterior.marginal("answer")
+    else:
+        puzzle = check_puzzle(args.problem)
+        try:
+            posterior = algorithm.run(key, countdown, models.load("reasoner"), puzzle, load_process_reward())
+        except ppl.errors.AllParticlesDeadError:
+            raise UsageError(
+                f"{args.problem}: none of {args.particles} particles reached a solution; try more --particles or another --seed"
+            ) from None
+        kind, rows = "solution", posterior.marginal(expression_of)
+    name = "expression" if kind == "solution" else "answer"
     if args.json:
-        print(json.dumps({
-            "puzzle": args.puzzle,
-            "solutions": [{"expression": r.value, "probability": r.probability, "error": r.error} for r in solutions],
-            **summary(posterior),
-        }))  # fmt: skip
+        found = [{name: r.value, "probability": r.probability, "error": r.error} for r in rows]
+        print(json.dumps({"problem": args.problem, f"{kind}s": found, **summary(posterior)}))
         return
-    print(f"{args.puzzle}: {len(solutions)} solution{'s' if len(solutions) > 1 else ''}")
-    print(solutions.top(MAX_SHOWN))
-    if len(solutions) > MAX_SHOWN:
-        print(f"... and {len(solutions) - MAX_SHOWN} more (--json shows all)")
+    print(f"{args.problem}: {len(rows)} {kind}{'s' if len(rows) > 1 else ''}")
+    print(rows.top(MAX_SHOWN))
+    if len(rows) > MAX_SHOWN:
+        print(f"... and {len(rows) - MAX_SHOWN} more (--json shows all)")
+    ledger = posterior.ledger
     print(
         f"log evidence {posterior.log_evidence:.3f}   ESS {posterior.ess:.1f} of {args.particles}   "
         f"tokens {ledger.tokens_generated}   seconds {ledger.seconds:.2f}"
     )
+
+
+def compare(args: argparse.Namespace) -> None:
+    from latentrace.models.reasoner.tasks import SPLITS
+
+    from . import compare as comparison
+
+    if args.figure:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UsageError("--figure needs matplotlib: pip install 'latentrace[plots]'") from None
+    lm, reward = models.load("reasoner"), load_process_reward()
+    results: dict[str, Sequence[comparison.Result]] = {}
+    for task in args.tasks:
+        problems = SPLITS[TASKS[task]](args.problems)
+        results[task] = comparison.compare(lm, reward, problems, sorted(set(args.samples)), args.seed)
+        if not args.json:
+            print(f"{task}: {len(problems)} held-out problems\n{comparison.table(results[task])}\n", flush=True)
+    if args.json:
+        rows = [
+            {"task": task, "method": r.method, "samples": r.samples, "tokens": r.tokens, "accuracy": r.accuracy,
+             "interval": r.interval}
+            for task, found in results.items() for r in found
+        ]  # fmt: skip
+        print(json.dumps(rows))
+    if args.figure:
+        comparison.figure(results, args.figure)
 
 
 def summary(posterior: inference.Posterior) -> dict[str, Any]:

@@ -1,100 +1,62 @@
-"""How often the reasoner solves a puzzle by plain sampling: `python -m latentrace.models.reasoner.evaluate`.
+"""How often the reasoner solves a problem by plain sampling: `python -m latentrace.models.reasoner.evaluate`.
 
-Numbers are given in ascending order. A sample succeeds if its three lines are exactly right and the end token follows.
+A sample succeeds if the verifier accepts it and the end token follows. The numbers of a Game of 24 are given in ascending
+order.
 """
 
 import argparse
 import json
 import random
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from latentrace import models
-from latentrace.models.reasoner import data
-from latentrace.models.reasoner.splits import FRESH, HARD, training_puzzles
-from latentrace.models.reasoner.verifier import trace_is_valid
-from latentrace.ppl.language_model import Array, Block, LanguageModel, Memory, empty_memory
+from latentrace import inference, models
+from latentrace.models.programs.countdown import countdown
+from latentrace.models.reasoner.countdown import Puzzle
+from latentrace.models.reasoner.rollouts import rollouts
+from latentrace.models.reasoner.splits import training_puzzles
+from latentrace.models.reasoner.tasks import SPLITS, CountdownProblem, Problem
+from latentrace.ppl.errors import AllParticlesDeadError
+from latentrace.ppl.language_model import LanguageModel
 
 
 class Report(NamedTuple):
-    """Success on one set of puzzles; intervals hold 95 %."""
+    """Success on one set of problems; intervals hold 95 %."""
 
-    puzzles: int
+    problems: int
     samples: int
-    """Samples per puzzle."""
+    """Samples per problem."""
     success: float
     """Share of samples that succeed."""
     success_interval: tuple[float, float]
-    """By bootstrap over puzzles, whose difficulty varies more than chance within one does."""
+    """By bootstrap over problems, whose difficulty varies more than chance within one does."""
     solved: float
-    """Share of puzzles with at least one success."""
+    """Share of problems with at least one success."""
     solved_interval: tuple[float, float]
     """Wilson's interval."""
 
 
-@partial(jax.jit, static_argnames="length")
-def sample(
-    lm: LanguageModel, rng_key: Array, prompts: Array, length: int = data.TRACE_LENGTH, temperature: Array | float = 1.0
-) -> Array:
-    """int32[B, length]: one continuation of each prompt, int32[B, P]; temperature 0 takes the likeliest tokens."""
-
-    def draw(logits, key):
-        divisor = jnp.where(temperature == 0, 1.0, temperature)
-        drawn = jax.random.categorical(key, logits / divisor)
-        return jnp.where(temperature == 0, jnp.argmax(logits), drawn)
-
-    def continuation(prompt, key):
-        features, entries = lm.forward(prompt, empty_memory())
-        cache = jax.tree.map(lambda leaf: _with_slots(leaf, length), entries)
-        slots = jnp.arange(prompt.size + length)
-
-        def step(carry, key):
-            cache, logits, position = carry
-            token = draw(logits, key)
-            last = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, position - 1, 1, axis=-2), cache)
-            memory = Memory((Block(cache, slots < position),), position, last)
-            features, entries = lm.forward(token[None], memory)
-            cache = jax.tree.map(
-                lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=-2), cache, entries
-            )
-            return (cache, lm.unembed(features)[-1], position + 1), token
-
-        first = (cache, lm.unembed(features[-1:])[-1], jnp.int32(prompt.size))
-        return jax.lax.scan(step, first, jax.random.split(key, length))[1]
-
-    return jax.vmap(continuation)(prompts, jax.random.split(rng_key, len(prompts)))
+def successes(lm: LanguageModel, problems: Sequence[Problem], samples: int, seed: int = 0) -> np.ndarray:
+    """bool[problems, samples]: which plain samples solve their problem."""
+    keys = jax.random.split(jax.random.key(seed), len(problems))
+    each = tqdm(list(zip(problems, keys)), unit=" problems", leave=False, delay=3)
+    return np.stack([rollouts(lm, problem, samples, key).right for problem, key in each])
 
 
-def _with_slots(leaf: Array, count: int) -> Array:
-    """A cache entry with `count` more empty slots on axis -2."""
-    return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, count), (0, 0)])
-
-
-def successes(
-    lm: LanguageModel,
-    puzzles: Sequence[Sequence[int]],
-    samples: int,
-    seed: int = 0,
-    temperature: float = 1.0,
-    batch_size: int = 500,
-) -> np.ndarray:
-    """bool[puzzles, samples]: which plain samples solve their puzzle; `batch_size` of them are drawn at once."""
-    numbers = np.repeat(np.asarray(puzzles, np.int32), samples, axis=0)
-    batch_size = min(batch_size, len(numbers))
-    padding = -len(numbers) % batch_size
-    padded = np.concatenate([numbers, np.repeat(numbers[-1:], padding, axis=0)])
-    check = jax.jit(jax.vmap(partial(trace_is_valid, length=data.TRACE_LENGTH)))
-    results = []
-    for index, chunk in enumerate(padded.reshape(-1, batch_size, 4)):
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        traces = sample(lm, key, jnp.asarray(data.prompt_tokens(chunk)), temperature=temperature)
-        results.append(np.asarray(check(jnp.asarray(chunk), traces)))
-    return np.concatenate(results)[: len(numbers)].reshape(len(puzzles), samples)
+def solved_by_smc(lm: LanguageModel, problems: Sequence[Any], particles: int, seed: int = 0) -> np.ndarray:
+    """bool[problems, 1]: which puzzles SMC solves when the exact verifier looks at every step."""
+    algorithm, found = inference.SMC(particles), []
+    for problem in tqdm(problems, unit=" problems", leave=False, delay=3):
+        try:
+            algorithm.run(jax.random.key(seed), countdown, lm, problem.puzzle, progress=False)
+            found.append([True])
+        except AllParticlesDeadError:
+            found.append([False])
+    return np.array(found)
 
 
 def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -113,32 +75,43 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 
 
 
 def report(solved: np.ndarray) -> Report:
-    """The figures of bool[puzzles, samples]."""
-    puzzles, samples = solved.shape
-    per_puzzle, hits = solved.mean(axis=1), int(solved.any(axis=1).sum())
+    """The figures of bool[problems, samples]."""
+    problems, samples = solved.shape
+    per_problem, hits = solved.mean(axis=1), int(solved.any(axis=1).sum())
     return Report(
-        puzzles,
+        problems,
         samples,
-        float(per_puzzle.mean()),
-        bootstrap_interval(per_puzzle),
-        hits / puzzles,
-        wilson_interval(hits, puzzles),
+        float(per_problem.mean()),
+        bootstrap_interval(per_problem),
+        hits / problems,
+        wilson_interval(hits, problems),
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: one JSON line per set of puzzles."""
+    """The command line: one JSON line per set of problems."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="reasoner", help="a shipped model or a directory in Hugging Face layout")
-    parser.add_argument("--samples", type=int, default=100, help="samples per puzzle")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--splits", nargs="+", choices=[*SPLITS, "trained"], default=[*SPLITS, "trained"])
+    parser.add_argument("--problems", type=int, default=100, help="problems per split, 100 at most of Games of 24")
+    parser.add_argument("--samples", type=int, default=100, help="samples per problem")
+    parser.add_argument("--smc", type=int, metavar="N", help="SMC with N particles and the verifier, in place of samples")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    if arguments.smc and "words" in arguments.splits:
+        parser.error("--smc needs puzzles: name them with --splits, for example --splits hard")
     lm = models.load(arguments.model)
-    trained = random.Random(0).sample(training_puzzles(), 100)
-    for name, puzzles in {"hard": HARD, "fresh": FRESH, "trained": trained}.items():
-        solved = successes(lm, puzzles, arguments.samples, arguments.seed, arguments.temperature)
-        print(json.dumps({"split": name, **report(solved)._asdict()}), flush=True)
+    for split in arguments.splits:
+        if split == "trained":
+            known = random.Random(0).sample(training_puzzles(), arguments.problems)
+            problems: list[Problem] = [CountdownProblem(Puzzle(numbers)) for numbers in known]
+        else:
+            problems = SPLITS[split](arguments.problems)
+        if arguments.smc:
+            solved = solved_by_smc(lm, problems, arguments.smc, arguments.seed)
+        else:
+            solved = successes(lm, problems, arguments.samples, arguments.seed)
+        print(json.dumps({"split": split, **report(solved)._asdict()}), flush=True)
 
 
 if __name__ == "__main__":

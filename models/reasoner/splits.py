@@ -1,8 +1,8 @@
-"""Which puzzles train the reasoner and which only ever test it."""
+"""Which Games of 24 train the reasoner and which only ever test it."""
 
 import itertools
 
-from latentrace.models.reasoner.game24 import LARGEST_INPUT, solve
+from latentrace.models.reasoner.countdown import LARGEST_CARD, solve
 
 Puzzle = tuple[int, ...]
 """Four numbers, ascending."""
@@ -42,7 +42,7 @@ FRESH = _parse("""
 HELD_OUT = frozenset(HARD) | frozenset(FRESH)
 
 
-def training_puzzles(largest: int = LARGEST_INPUT) -> list[Puzzle]:
+def training_puzzles(largest: int = LARGEST_CARD) -> list[Puzzle]:
     """Every puzzle of numbers from 1 to `largest` with a solution in whole numbers, less the held-out ones."""
     puzzles = itertools.combinations_with_replacement(range(1, largest + 1), 4)
     return [puzzle for puzzle in puzzles if puzzle not in HELD_OUT and solve(puzzle, whole=True)]

@@ -30,9 +30,11 @@ Array = jax.Array
 class Settings(NamedTuple):
     """Everything that determines a training run."""
 
-    steps: int = 5500
+    steps: int = 5200
     seed: int = 0
-    batch_size: int = 64
+    game24: int = 64
+    countdown: int = 16
+    words: int = 20
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     hidden: int = 128
@@ -40,6 +42,11 @@ class Settings(NamedTuple):
     heads: int = 4
     intermediate: int = 352
     largest: int = data.LARGEST_EXTRA
+
+    @property
+    def sizes(self) -> data.Sizes:
+        """Sequences of each kind in a batch."""
+        return data.Sizes(self.game24, self.countdown, self.words)
 
 
 def model_config(settings: Settings) -> TransformerConfig:
@@ -52,7 +59,7 @@ def model_config(settings: Settings) -> TransformerConfig:
         num_heads=settings.heads,
         num_kv_heads=settings.heads,
         head_dim=settings.hidden // settings.heads,
-        max_length=128,
+        max_length=256,
         eos_id=tokenizer.END_ID,
         bos_id=tokenizer.START_ID,
         tied=False,
@@ -90,27 +97,33 @@ def _matrices(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def trace_loss(logits: Array, tokens: Array) -> Array:
-    """Mean negative log probability, in nats per token, of the tokens after the prompt.
+def trace_loss(logits: Array, tokens: Array, paid: Array) -> tuple[Array, Array]:
+    """Sum of the negative log probabilities, in nats, of the tokens that are paid for, and how many those are.
 
-    logits float32[B, 39, V] for tokens int32[B, 40].
+    logits float32[B, T - 1, V] for tokens int32[B, T], paid bool[B, T].
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return jnp.mean(losses[:, data.PROMPT_LENGTH - 1 :])
+    return jnp.sum(losses * paid[:, 1:]), jnp.sum(paid[:, 1:])
 
 
 @cache
 def compiled_update(settings: Settings) -> Callable:
-    """The compiled update (params, opt_state, tokens int32[B, 40]) -> (params, opt_state, loss float32[])."""
+    """The compiled update (params, opt_state, batch) -> (params, opt_state, losses).
+
+    Losses are in nats per token: "loss" of the whole batch, and by kind.
+    """
     graph, transform = nnx.graphdef(new_model(settings)), optimizer(settings)
 
-    def loss_of(params, tokens):
-        return trace_loss(nnx.merge(graph, params)(tokens[:, :-1]), tokens)
+    def loss_of(params, batch):
+        model = nnx.merge(graph, params)
+        sums = {kind: trace_loss(model(rows.tokens[:, :-1]), *rows) for kind, rows in batch.items()}
+        total = sum(loss for loss, _ in sums.values()) / sum(count for _, count in sums.values())
+        return total, {"loss": total} | {kind: loss / count for kind, (loss, count) in sums.items()}
 
-    def update(params, opt_state, tokens):
-        loss, gradients = jax.value_and_grad(loss_of)(params, tokens)
+    def update(params, opt_state, batch):
+        (_, losses), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
         updates, opt_state = transform.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state, losses
 
     return jax.jit(update, donate_argnums=(0, 1))
 
@@ -119,7 +132,7 @@ def train(
     settings: Settings,
     out: str | Path,
     table: data.TraceTable | None = None,
-    checkpoint_every: int = 250,
+    checkpoint_every: int = 100,
     log_every: int = 25,
     stop_at: int | None = None,
 ) -> Transformer:
@@ -138,28 +151,64 @@ def train(
     last = settings.steps if stop_at is None else min(stop_at, settings.steps)
 
     with ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            state = {"params": params, "opt_state": opt_state}
-            state = manager.restore(start, args=ocp.args.StandardRestore(state))
-            params, opt_state = state["params"], state["opt_state"]
+        start, state = _restore(manager, {"params": params, "opt_state": opt_state})
+        params, opt_state = state["params"], state["opt_state"]
+        _cut_metrics(out / "metrics.jsonl", start)
         began = time.perf_counter()
         with (out / "metrics.jsonl").open("a") as metrics, tqdm(total=last, initial=start, unit="step") as bar:
             for step in range(start, last):
-                tokens = jnp.asarray(data.batch(table, settings.batch_size, settings.seed, step))
-                params, opt_state, loss = update(params, opt_state, tokens)
+                batch = data.batch(table, settings.sizes, settings.seed, step)
+                params, opt_state, losses = update(params, opt_state, batch)
                 done = step + 1
                 bar.update()
                 if done % log_every == 0 or done == last:
-                    record = {"step": done, "loss": float(loss), "seconds": time.perf_counter() - began}
+                    record = {"step": done, "seconds": time.perf_counter() - began}
+                    record |= {name: float(loss) for name, loss in losses.items()}
                     metrics.write(json.dumps(record) + "\n")
                     metrics.flush()
-                    bar.set_postfix(loss=f"{float(loss):.4f}")
+                    bar.set_postfix(loss=f"{record['loss']:.4f}")
                 if done % checkpoint_every == 0 or done == last:
                     state = {"params": params, "opt_state": opt_state}
                     manager.save(done, args=ocp.args.StandardSave(state))
                     manager.wait_until_finished()  # the next update donates these buffers
     return nnx.merge(nnx.graphdef(model), params)
+
+
+def _restore(manager: ocp.CheckpointManager, state: Any) -> tuple[int, Any]:
+    """The newest readable checkpoint and its step; `state` and 0 where there is none.
+
+    An unreadable one is set aside under another name, and the one before is taken.
+    """
+    folder, broken = Path(manager.directory), []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            return step, manager.restore(step, args=ocp.args.StandardRestore(state))
+        except Exception as error:  # whatever a damaged file makes Orbax raise
+            tqdm.write(f"{folder / str(step)} cannot be read ({type(error).__name__}); going back to the one before")
+            (folder / str(step)).rename(folder / f"unreadable-{step}-{time.time_ns()}")
+            manager.reload()
+            broken.append(step)
+    if broken:
+        raise ValueError(
+            f"none of the checkpoints {broken} under {folder} can be read; put one back under its step's name, or choose "
+            "another --out to start anew"
+        )
+    return 0, state
+
+
+def _cut_metrics(path: Path, last: int) -> None:
+    """Drop records after a step: a run that goes on from there writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+            continue
+        if record["step"] <= last:
+            kept.append(line + "\n")
+    path.write_text("".join(kept))
 
 
 def _check_settings(settings: Settings, path: Path) -> None:
@@ -189,7 +238,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = vars(parser.parse_args(argv))
     out, dtype = Path(arguments.pop("out")), arguments.pop("dtype")
-    model = train(Settings(**arguments), out)
+    try:
+        model = train(Settings(**arguments), out)
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; the same command goes on from the last checkpoint in {out / 'checkpoints'}") from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     export(model, out / "export", dtype)
 
 

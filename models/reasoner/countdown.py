@@ -1,24 +1,35 @@
-"""The Game of 24: puzzles, exact solutions, and the text in which a solution is written.
+"""Countdown and the Game of 24: puzzles, exact solutions, and the text in which a solution is written.
 
-A puzzle is four whole numbers; combine them with + - * / to make 24, each number used once. A *trace* is three steps,
-one line each: an operation, then the numbers that remain.
+A puzzle is three to five whole numbers and a target; combine them with + - * / to make the target, each number used once.
+Four numbers and the target 24 are the Game of 24. A *trace* has one line for each step: an operation, then the numbers
+that remain.
 
-    4 6 8 10          the prompt
+    4 6 8 10          the prompt; another target than 24 follows the numbers: 4 6 8 10=32
     10-4=6 | 6 6 8    a step: operation, then what remains, ascending
     8-6=2 | 2 6       ...
 """
 
+import random
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
 TARGET = 24
-LARGEST_INPUT = 13
-"""The largest number of a puzzle, as in a deck of cards."""
+"""The target where a puzzle names none."""
+TARGETS = range(10, 101)
+COUNTS = range(3, 6)
+"""How many numbers a puzzle has."""
+LARGEST_INPUT = 50
+"""The largest number of a puzzle."""
+LARGEST_CARD = 13
+"""The largest number of a Game of 24, as in a deck of cards."""
 LARGEST_NUMBER = 199
 """The largest number that the reasoner can write."""
+HELD_OUT_SHARE = 20
+"""One puzzle in so many, Games of 24 apart, is held out of training."""
 
 Number = int | Fraction
 State = tuple[Number, ...]
@@ -38,27 +49,44 @@ class Step(NamedTuple):
     """Ascending in canonical steps."""
 
 
-def check_puzzle(numbers: str | Sequence[int]) -> tuple[int, ...]:
-    """The four numbers of a puzzle given as text ("4 6 8 10") or as integers; ValueError where it is none."""
-    expected = f"expected four whole numbers from 1 to {LARGEST_INPUT}, such as 4 6 8 10"
-    words = numbers.replace(",", " ").split() if isinstance(numbers, str) else list(numbers)
-    if len(words) != 4:
-        raise ValueError(f"{expected}; found {len(words)} in {numbers!r}")
+class Puzzle(NamedTuple):
+    """Numbers in the order given, and what to make of them."""
+
+    numbers: tuple[int, ...]
+    target: int = TARGET
+
+
+def check_puzzle(puzzle: str | Sequence[int]) -> Puzzle:
+    """A puzzle given as text ("4 6 8 10" or "4 6 8 10=32") or as numbers; ValueError where it is none."""
+    expected = f"expected three to five whole numbers from 1 to {LARGEST_INPUT}, such as 4 6 8 10 or 4 6 8 10=32"
+    if isinstance(puzzle, Puzzle):
+        words, goal = [str(number) for number in puzzle.numbers], str(puzzle.target)
+    elif isinstance(puzzle, str):
+        before, equals, after = puzzle.replace(",", " ").partition("=")
+        words, goal = before.split(), after.strip() if equals else str(TARGET)
+    else:
+        words, goal = [str(number) for number in puzzle], str(TARGET)
+    if len(words) not in COUNTS:
+        raise ValueError(f"{expected}; found {len(words)} in {puzzle!r}")
+    for word in [*words, goal]:
+        if not re.fullmatch(r"[0-9]+", word):
+            raise ValueError(f"{expected}; {word!r} is not a whole number")
     for word in words:
-        if not re.fullmatch(r"[0-9]+", str(word)):
-            raise ValueError(f"{expected}; {str(word)!r} is not a whole number")
         if not 1 <= int(word) <= LARGEST_INPUT:
             raise ValueError(f"{expected}; {word} is out of range")
-    return tuple(int(word) for word in words)
+    if int(goal) not in TARGETS:
+        raise ValueError(f"{expected}; the target {goal} is out of range: it goes from {TARGETS[0]} to {TARGETS[-1]}")
+    return Puzzle(tuple(int(word) for word in words), int(goal))
 
 
-def format_prompt(numbers: Sequence[int]) -> str:
-    """The prompt of a puzzle: its numbers in the order given, and a newline."""
-    return " ".join(str(number) for number in numbers) + "\n"
+def format_prompt(numbers: Sequence[int], target: int = TARGET) -> str:
+    """The prompt of a puzzle: its numbers in the order given, the target where it is not 24, and a newline."""
+    goal = "" if target == TARGET else f"={target}"
+    return " ".join(str(number) for number in numbers) + f"{goal}\n"
 
 
-def parse_prompt(text: str) -> tuple[int, ...]:
-    """The numbers of a prompt such as "4 6 8 10\\n"."""
+def parse_prompt(text: str) -> Puzzle:
+    """The puzzle of a prompt such as "4 6 8 10\\n"."""
     return check_puzzle(text)
 
 
@@ -107,8 +135,8 @@ def apply_step(remaining: Sequence[Number], step: Step) -> State | None:
     return state if correct and state == tuple(sorted(step.remaining)) else None
 
 
-def verify(numbers: Sequence[int], trace: str) -> bool:
-    """Whether `trace` makes 24 from `numbers`: three lines, each a right step from the numbers that remain.
+def verify(numbers: Sequence[int], trace: str, target: int = TARGET) -> bool:
+    """Whether `trace` makes `target` from `numbers`: each line a right step from the numbers that remain, to the last.
 
     Operands and remaining numbers may stand in any order. Every line ends in a newline.
     """
@@ -122,28 +150,73 @@ def verify(numbers: Sequence[int], trace: str) -> bool:
         if after is None:
             return False
         state = after
-    return len(steps) == 3 and state == (TARGET,)
+    return len(steps) == len(numbers) - 1 and state == (target,)
 
 
-def solve(numbers: Sequence[int], whole: bool = False) -> list[tuple[Step, ...]]:
-    """All distinct traces, in canonical form, that make 24 from `numbers`; empty where there are none.
+def solve(numbers: Sequence[int], target: int = TARGET, whole: bool = False) -> list[tuple[Step, ...]]:
+    """All distinct traces, in canonical form, that make `target` from `numbers`; empty where there are none.
 
     Intermediate results are never negative, which loses no solution. With `whole`, they are also whole numbers up to
     `LARGEST_NUMBER`: the traces that the reasoner can write.
     """
-    return list(_traces(tuple(sorted(numbers)), whole))
+    return list(_traces(tuple(sorted(numbers)), target, whole))
 
 
-def needs_fractions(numbers: Sequence[int]) -> bool:
-    """Whether a puzzle has solutions but none in whole numbers."""
-    return not solve(numbers, whole=True) and bool(solve(numbers))
+def needs_fractions(numbers: Sequence[int], target: int = TARGET) -> bool:
+    """Whether a puzzle has solutions but none in whole numbers up to `LARGEST_NUMBER`."""
+    return not solve(numbers, target, whole=True) and bool(solve(numbers, target))
+
+
+def is_held_out(numbers: Sequence[int], target: int) -> bool:
+    """Whether a puzzle other than a Game of 24 only ever tests: a fixed function of its numbers and target."""
+    return zlib.crc32(format_prompt(sorted(numbers), target).encode()) % HELD_OUT_SHARE == 0
+
+
+def random_trace(rng: random.Random, count: int) -> tuple[Puzzle, tuple[Step, ...]]:
+    """A random puzzle of `count` numbers with one of its solutions: random steps, whose outcome becomes the target."""
+    while True:
+        numbers = tuple(rng.randint(1, LARGEST_INPUT) for _ in range(count))
+        state: State = tuple(sorted(numbers))
+        steps: list[Step] = []
+        while len(state) > 1:
+            step = _random_step(rng, state)
+            if step is None:
+                break
+            steps.append(step)
+            state = step.remaining
+        if len(state) == 1 and state[0] in TARGETS and state[0] != TARGET:
+            return Puzzle(numbers, int(state[0])), tuple(steps)
+
+
+def _random_step(rng: random.Random, state: State) -> Step | None:
+    """A random canonical step of whole numbers up to `LARGEST_NUMBER`, or None where the dice show none."""
+    i, j = sorted(rng.sample(range(len(state)), 2))
+    op = rng.choice("+-*/")
+    small, large = state[i], state[j]
+    left, right = (small, large) if op in "+*" else (large, small)
+    if op == "/" and (right == 0 or left % right):
+        return None
+    result = {"+": left + right, "-": left - right, "*": left * right, "/": left // max(right, 1)}[op]
+    rest = (*state[:i], *state[i + 1 : j], *state[j + 1 :], result)
+    return Step(left, op, right, result, tuple(sorted(rest))) if result <= LARGEST_NUMBER else None
+
+
+def puzzles(seed: int, count: int, numbers: int) -> list[Puzzle]:
+    """`count` held-out Countdown puzzles of so many numbers."""
+    rng = random.Random(seed)
+    found: list[Puzzle] = []
+    while len(found) < count:
+        puzzle, _ = random_trace(rng, numbers)
+        if is_held_out(*puzzle):
+            found.append(puzzle)
+    return found
 
 
 @lru_cache(maxsize=1 << 16)
-def _traces(state: State, whole: bool) -> tuple[tuple[Step, ...], ...]:
+def _traces(state: State, target: int, whole: bool) -> tuple[tuple[Step, ...], ...]:
     if len(state) == 1:
-        return ((),) if state[0] == TARGET else ()
-    return tuple((step, *rest) for step in _steps(state, whole) for rest in _traces(step.remaining, whole))
+        return ((),) if state[0] == target else ()
+    return tuple((step, *rest) for step in _steps(state, whole) for rest in _traces(step.remaining, target, whole))
 
 
 def _steps(state: State, whole: bool) -> Iterator[Step]:
