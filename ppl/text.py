@@ -88,7 +88,7 @@ def bucket(length: int) -> int:
     return next((b for b in BUCKETS if b >= length), -(-length // 8192) * 8192)
 
 
-def _given_tokens(lm: LanguageModel, text: Any, site: str, *, start: bool = False) -> Array:
+def _given_tokens(lm: LanguageModel, text: Any, site: str, *, start: bool = False, pad_to: int = 0) -> Array:
     """int32[bucket] of given text or ids, padded with PAD. Traced ids are taken as they are."""
     if isinstance(text, str):
         text = [*([lm.start_id] if start and lm.adds_start else []), *lm.encode(text)] if text else []
@@ -111,20 +111,21 @@ def _given_tokens(lm: LanguageModel, text: Any, site: str, *, start: bool = Fals
             f"{site}: {len(ids)} tokens do not fit the model's context of {lm.max_length}; shorten the text or use a model "
             "with a longer context"
         )
-    padded = np.full(bucket(len(ids)), PAD, np.int32)
+    padded = np.full(bucket(max(len(ids), pad_to)), PAD, np.int32)
     padded[: len(ids)] = ids
     return jnp.asarray(padded)
 
 
-def prompt(lm: LanguageModel, text: str | Sequence[int] | Array = "") -> Context:
+def prompt(lm: LanguageModel, text: str | Sequence[int] | Array = "", *, pad_to: int = 0) -> Context:
     """A new context that holds `text` (or token ids, taken as they are); an empty one holds the model's start token.
 
-    The prompt's length is padded to one of a few buckets; another prompt of the same bucket compiles nothing.
+    The prompt's length is padded to one of a few buckets; another prompt of the same bucket compiles nothing. `pad_to` puts
+    all prompts of up to so many tokens into one bucket.
     """
     site_name("prompt")
     if not isinstance(lm, LanguageModel):
         raise SiteError(f"prompt: expected a LanguageModel, found {type(lm).__name__}; load one with `models.load`")
-    tokens = _given_tokens(lm, text, "prompt", start=True)
+    tokens = _given_tokens(lm, text, "prompt", start=True, pad_to=pad_to)
     return Context(prompt_p.bind(tokens, model=model_number(lm), name="prompt()")[0], lm)
 
 

@@ -6,7 +6,7 @@ import numpyro.distributions as dist
 
 from latentrace import ppl
 from latentrace.models.reasoner import verifier
-from latentrace.models.reasoner.word_problems import FEWEST_STEPS, MOST_STEPS, format_prompt
+from latentrace.models.reasoner.word_problems import FEWEST_STEPS, MOST_STEPS, PROMPT_TOKENS, format_prompt
 
 
 @ppl.program
@@ -27,6 +27,6 @@ def plan_then_solve(lm: ppl.LanguageModel, question: str, log_prior: jax.Array |
         ppl.condition("as planned", ((found != verifier.NO_ANSWER) == (t == steps)) | (t > steps))
         return (context, jnp.where(t == steps, found, answer)), None
 
-    start = (ppl.prompt(lm, format_prompt(question)), jnp.int32(verifier.NO_ANSWER))
+    start = (ppl.prompt(lm, format_prompt(question), pad_to=PROMPT_TOKENS), jnp.int32(verifier.NO_ANSWER))
     (_, answer), _ = jax.lax.scan(line, start, jnp.arange(MOST_STEPS + 2))
     return ppl.deterministic("steps", steps), ppl.deterministic("answer", answer)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from latentrace import ppl
 from latentrace.models.reasoner import verifier
-from latentrace.models.reasoner.word_problems import format_prompt
+from latentrace.models.reasoner.word_problems import PROMPT_TOKENS, format_prompt
 
 from .step_by_step import think
 
@@ -16,7 +16,7 @@ def self_check(lm: ppl.LanguageModel, question: str, solutions: int = 2) -> jax.
 
     Majority voting is the mode of the same p; here agreement is a condition, so that the posterior says how sure it is.
     """
-    context = ppl.prompt(lm, format_prompt(question))
+    context = ppl.prompt(lm, format_prompt(question), pad_to=PROMPT_TOKENS)
     answers = []
     for number in range(solutions):  # each solution forks the same prompt
         with ppl.scope(f"solution {number + 1}"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from latentrace import ppl
 from latentrace.models.reasoner import verifier
 from latentrace.models.reasoner.process_reward import ProcessReward
-from latentrace.models.reasoner.word_problems import MOST_STEPS, format_prompt
+from latentrace.models.reasoner.word_problems import MOST_STEPS, PROMPT_TOKENS, format_prompt
 
 Array = jax.Array
 
@@ -43,7 +43,7 @@ def think(context: ppl.Context, reward: ProcessReward | None = None) -> tuple[Re
 def step_by_step(lm: ppl.LanguageModel, question: str, reward: ProcessReward | None = None) -> Array:
     """The answer, int32[], -1 where the model gives none: its posterior is the model's, times the process reward of the whole
     chain if there is one."""
-    end, _ = think(ppl.prompt(lm, format_prompt(question)), reward)
+    end, _ = think(ppl.prompt(lm, format_prompt(question), pad_to=PROMPT_TOKENS), reward)
     if reward is not None:
         ppl.factor("reward", end.log_reward)
     return ppl.deterministic("answer", end.answer)

@@ -30,20 +30,21 @@ class Rollouts(NamedTuple):
 
 
 @ppl.program
-def lines(lm: ppl.LanguageModel, prompt: str, count: int, line_length: int) -> Any:
+def lines(lm: ppl.LanguageModel, prompt: str, prompt_tokens: int, count: int, line_length: int) -> Any:
     """`count` lines after a prompt, and the features at the end of each."""
 
     def line(context: ppl.Context, _: None) -> Any:
         text, context = ppl.generate("line", context, until="\n", max_tokens=line_length)
         return context, (text, ppl.features(context))
 
-    return jax.lax.scan(line, ppl.prompt(lm, prompt), length=count)[1]
+    return jax.lax.scan(line, ppl.prompt(lm, prompt, pad_to=prompt_tokens), length=count)[1]
 
 
 def rollouts(lm: ppl.LanguageModel, problem: Problem, samples: int, rng_key: jax.Array) -> Rollouts:
     """`samples` plain samples at temperature 1."""
     algorithm = inference.ImportanceSampling(samples)
-    posterior = algorithm.run(rng_key, lines, lm, problem.prompt, problem.lines, problem.line_length, progress=False)
+    sizes = problem.prompt_tokens, problem.lines, problem.line_length
+    posterior = algorithm.run(rng_key, lines, lm, problem.prompt, *sizes, progress=False)
     texts, features = posterior.returned
     written = texts.decode()
     is_line = np.array([[line.endswith("\n") for line in trace] for trace in written])

@@ -19,6 +19,11 @@ class CountdownProblem(NamedTuple):
         return countdown.format_prompt(*self.puzzle)
 
     @property
+    def prompt_tokens(self) -> int:
+        """What prompts are padded to."""
+        return 16
+
+    @property
     def lines(self) -> int:
         """Lines of a solution, that of the end token included."""
         return len(self.puzzle.numbers)
@@ -47,6 +52,11 @@ class WordProblem(NamedTuple):
     @property
     def prompt(self) -> str:
         return word_problems.format_prompt(self.question)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """What prompts are padded to."""
+        return word_problems.PROMPT_TOKENS
 
     @property
     def lines(self) -> int:

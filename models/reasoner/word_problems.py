@@ -22,6 +22,8 @@ THINGS = ("pens", "cups", "coins", "cards", "books", "stamps", "shells", "keys")
 TOGETHER, ANSWER = "together", "answer"
 FEWEST_STEPS, MOST_STEPS = 2, 6
 MOST_SENTENCES = 8
+PROMPT_TOKENS = 96
+"""More tokens than a problem has: programs pad to it, so that all problems share a compiled program."""
 HELD_OUT_SHARE = 20
 """One problem in so many is held out of training."""
 

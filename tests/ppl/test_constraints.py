@@ -123,7 +123,7 @@ class TestRegex:
         max_leaves=6,
     )
 
-    @settings(deadline=None, max_examples=150)
+    @settings(deadline=None, max_examples=60)
     @given(tree)
     def test_any_pattern(self, pattern):
         try:
@@ -292,6 +292,7 @@ def regular_patterns():
         yield pattern
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 class TestPublishedPatterns:
     def test_all_that_are_regular_compile_for_a_large_vocabulary(self):
