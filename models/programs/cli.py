@@ -89,9 +89,9 @@ def check_puzzle(text: str) -> puzzles.Puzzle:
         puzzle = puzzles.check_puzzle(text)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if not puzzles.solve(*puzzle, whole=True):
-        if not puzzles.solve(*puzzle):
-            raise UsageError(f"{text}: no way to make {puzzle.target} exists")
+    if not puzzles.solve(*puzzle):
+        raise UsageError(f"{text}: no way to make {puzzle.target} exists")
+    if puzzles.needs_fractions(*puzzle):
         raise UsageError(f"{text}: every solution passes through fractions or numbers that the shipped model cannot write")
     return puzzle
 

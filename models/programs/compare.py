@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from latentrace import inference, ppl
-from latentrace.models.reasoner import word_problems
+from latentrace.models.reasoner import verifier, word_problems
 from latentrace.models.reasoner.evaluate import bootstrap_interval
 from latentrace.models.reasoner.process_reward import ProcessReward
 from latentrace.models.reasoner.rollouts import Rollouts, rollouts
@@ -102,8 +102,7 @@ def _smc(
     algorithm = inference.SMC(particles)
     if isinstance(problem, CountdownProblem):
         posterior = algorithm.run(rng_key, countdown, lm, problem.puzzle, reward, "none", progress=False)
-        remaining = np.asarray(posterior.returned[1])  # the verifier picks
-        solved = (remaining[:, 0] == problem.puzzle.target) & (remaining[:, 1:] == -1).all(axis=1)
+        solved = jax.vmap(verifier.is_solved, (0, None))(posterior.returned[1], problem.puzzle.target)  # the verifier picks
         return bool(solved.any()), posterior.ledger.tokens_generated
     posterior = algorithm.run(rng_key, step_by_step, lm, problem.question, reward, progress=False)
     answer = posterior.marginal("answer")[0].value

@@ -29,7 +29,7 @@ LARGEST_CARD = 13
 LARGEST_NUMBER = 199
 """The largest number that the reasoner can write."""
 HELD_OUT_SHARE = 20
-"""One puzzle in so many, Games of 24 apart, is held out of training."""
+"""One problem in so many, Games of 24 apart, is held out of training."""
 
 Number = int | Fraction
 State = tuple[Number, ...]
@@ -118,6 +118,28 @@ def parse_trace(text: str) -> tuple[Step, ...]:
     return tuple(parse_step(line) for line in text.splitlines(keepends=True))
 
 
+def is_right(left: Number, op: str, right: Number, result: Number) -> bool:
+    """Whether `left op right = result`."""
+    return {
+        "+": left + right == result,
+        "-": left - right == result,
+        "*": left * right == result,
+        "/": right != 0 and right * result == left,
+    }[op]
+
+
+def outcome(left: int, op: str, right: int) -> int:
+    """`left op right`; ValueError where it is no whole number."""
+    if op == "/" and (right == 0 or left % right):
+        raise ValueError(f"{left}/{right} is no whole number")
+    return {"+": left + right, "-": left - right, "*": left * right, "/": left // max(right, 1)}[op]
+
+
+def only_tests(prompt: str) -> bool:
+    """Whether a problem other than a Game of 24 is held out of training: a fixed function of its text."""
+    return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
+
+
 def apply_step(remaining: Sequence[Number], step: Step) -> State | None:
     """The numbers that remain after a step, ascending; None where the step is wrong."""
     left_over = list(remaining)
@@ -125,12 +147,7 @@ def apply_step(remaining: Sequence[Number], step: Step) -> State | None:
         if operand not in left_over:
             return None
         left_over.remove(operand)
-    correct = {
-        "+": step.left + step.right == step.result,
-        "-": step.left - step.right == step.result,
-        "*": step.left * step.right == step.result,
-        "/": step.right != 0 and step.right * step.result == step.left,
-    }[step.op]
+    correct = is_right(step.left, step.op, step.right, step.result)
     state = tuple(sorted([*left_over, step.result]))
     return state if correct and state == tuple(sorted(step.remaining)) else None
 
@@ -169,7 +186,7 @@ def needs_fractions(numbers: Sequence[int], target: int = TARGET) -> bool:
 
 def is_held_out(numbers: Sequence[int], target: int) -> bool:
     """Whether a puzzle other than a Game of 24 only ever tests: a fixed function of its numbers and target."""
-    return zlib.crc32(format_prompt(sorted(numbers), target).encode()) % HELD_OUT_SHARE == 0
+    return only_tests(format_prompt(sorted(numbers), target))
 
 
 def random_trace(rng: random.Random, count: int) -> tuple[Puzzle, tuple[Step, ...]]:
@@ -194,9 +211,10 @@ def _random_step(rng: random.Random, state: State) -> Step | None:
     op = rng.choice("+-*/")
     small, large = state[i], state[j]
     left, right = (small, large) if op in "+*" else (large, small)
-    if op == "/" and (right == 0 or left % right):
+    try:
+        result = outcome(int(left), op, int(right))
+    except ValueError:
         return None
-    result = {"+": left + right, "-": left - right, "*": left * right, "/": left // max(right, 1)}[op]
     rest = (*state[:i], *state[i + 1 : j], *state[j + 1 :], result)
     return Step(left, op, right, result, tuple(sorted(rest))) if result <= LARGEST_NUMBER else None
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from latentrace.models.reasoner import countdown, tokenizer, word_problems
 from latentrace.models.reasoner.countdown import COUNTS, LARGEST_CARD, expression, format_trace, solve
-from latentrace.models.reasoner.splits import HELD_OUT, Puzzle, training_puzzles
+from latentrace.models.reasoner.splits import Puzzle, may_train, training_puzzles
 
 LARGEST_EXTRA = 20
 """Games of 24 with numbers up to this are also trained on: more puzzles, fewer to learn by heart."""
@@ -105,7 +105,7 @@ def countdown_examples(size: int, rng: random.Random) -> Examples:
     def texts() -> Iterable[tuple[str, str]]:
         while True:
             puzzle, steps = countdown.random_trace(rng, rng.choice(COUNTS))
-            if not (countdown.is_held_out(*puzzle) or tuple(sorted(puzzle.numbers)) in HELD_OUT):
+            if may_train(*puzzle):
                 yield countdown.format_prompt(*puzzle), format_trace(steps)
 
     return _rows(texts(), size, WIDTHS["countdown"])

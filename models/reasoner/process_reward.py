@@ -10,10 +10,10 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from latentrace.models.errors import CheckpointError
+from latentrace.models.loading import SHIPPED
 
 Array = jax.Array
 FILE = "process_reward.safetensors"
-SHIPPED = Path(__file__).parent / "checkpoint" / FILE
 HIDDEN = 64
 
 
@@ -60,7 +60,7 @@ class ProcessReward:
         save_file({name: np.array(value) for name, value in vars(self).items()}, path)
 
 
-def load_process_reward(path: str | Path = SHIPPED) -> ProcessReward:
+def load_process_reward(path: str | Path = SHIPPED["reasoner"] / FILE) -> ProcessReward:
     """The shipped reasoner's process reward, or another one that `save` wrote.
 
     Raises `CheckpointError` where the file is missing, broken, or holds something else.

@@ -1,8 +1,9 @@
 """Which Games of 24 train the reasoner and which only ever test it."""
 
 import itertools
+from collections.abc import Sequence
 
-from latentrace.models.reasoner.countdown import LARGEST_CARD, solve
+from latentrace.models.reasoner.countdown import LARGEST_CARD, is_held_out, solve
 
 Puzzle = tuple[int, ...]
 """Four numbers, ascending."""
@@ -40,6 +41,11 @@ FRESH = _parse("""
 """100 further puzzles of ordinary difficulty."""
 
 HELD_OUT = frozenset(HARD) | frozenset(FRESH)
+
+
+def may_train(numbers: Sequence[int], target: int) -> bool:
+    """Whether a Countdown puzzle may train: it is in no test split, and no held-out Game of 24 has its numbers."""
+    return not is_held_out(numbers, target) and tuple(sorted(numbers)) not in HELD_OUT
 
 
 def training_puzzles(largest: int = LARGEST_CARD) -> list[Puzzle]:

@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -64,7 +65,6 @@ def fit(examples: Examples, steps: int, seed: int, batch_size: int = 1024, learn
     kept_out = examples.problem % 6 == 0
     train, check = (Examples(*(column[rows] for column in examples)) for rows in (~kept_out, kept_out))
     reward = initial_reward(examples.features, jax.random.key(seed))
-    fixed = reward.mean, reward.scale  # stay as they are
     transform = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=0.1)
 
     def loss_of(reward: ProcessReward, features: Array, right: Array) -> Array:
@@ -74,8 +74,8 @@ def fit(examples: Examples, steps: int, seed: int, batch_size: int = 1024, learn
     def update(reward: ProcessReward, state: optax.OptState, features: Array, right: Array) -> tuple:
         gradients = jax.grad(loss_of)(reward, features, right)
         updates, state = transform.update(gradients, state, reward)
-        reward = optax.apply_updates(reward, updates)
-        return ProcessReward(*fixed, reward.inner, reward.bias, reward.outer, reward.offset), state
+        # the normalisation stays as it is
+        return replace(optax.apply_updates(reward, updates), mean=reward.mean, scale=reward.scale), state
 
     state, rng, assess = transform.init(reward), np.random.default_rng(seed), jax.jit(loss_of)
     best, lowest = reward, float("inf")

@@ -11,11 +11,10 @@ thing, or of people on whom the answer does not depend.
 
 import random
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from latentrace.models.reasoner.countdown import LARGEST_NUMBER
+from latentrace.models.reasoner.countdown import LARGEST_NUMBER, is_right, only_tests, outcome
 
 NAMES = ("Ann", "Bob", "Cara", "Dan", "Eve", "Finn", "Gina", "Hugo")
 THINGS = ("pens", "cups", "coins", "cards", "books", "stamps", "shells", "keys")
@@ -24,8 +23,6 @@ FEWEST_STEPS, MOST_STEPS = 2, 6
 MOST_SENTENCES = 8
 PROMPT_TOKENS = 96
 """More tokens than a problem has: programs pad to it, so that all problems share a compiled program."""
-HELD_OUT_SHARE = 20
-"""One problem in so many is held out of training."""
 
 _NAME, _THING, _COUNT = f"({'|'.join(NAMES)})", f"({'|'.join(THINGS)})", r"(0|[1-9][0-9]*)"
 _PATTERNS = {
@@ -57,12 +54,7 @@ class Step(NamedTuple):
     @property
     def is_right(self) -> bool:
         """Whether the arithmetic is."""
-        return {
-            "+": self.left + self.right == self.result,
-            "-": self.left - self.right == self.result,
-            "*": self.left * self.right == self.result,
-            "/": self.right != 0 and self.right * self.result == self.left,
-        }[self.op]
+        return is_right(self.left, self.op, self.right, self.result)
 
 
 class Solution(NamedTuple):
@@ -97,7 +89,7 @@ class _Story:
         left = on[0].value
         if op == "/" and left % right:
             raise ValueError(f"{who} has {left}, which has no half in whole numbers")
-        result = {"+": left + right, "-": left - right, "*": left * right, "/": left // max(right, 1)}[op]
+        result = outcome(left, op, right)
         if not 0 <= result <= LARGEST_NUMBER:
             raise ValueError(f"{who} would have {result}; numbers go from 0 to {LARGEST_NUMBER}")
         self.count += 1
@@ -202,7 +194,7 @@ def verify(question: str, trace: str) -> bool:
 
 def is_held_out(question: str) -> bool:
     """Whether a problem only ever tests: a fixed function of its text."""
-    return zlib.crc32(format_prompt(question).encode()) % HELD_OUT_SHARE == 0
+    return only_tests(format_prompt(question))
 
 
 def generate(rng: random.Random, steps: int | None = None, held_out: bool = False) -> tuple[str, Solution]:

@@ -34,7 +34,7 @@ def minimize(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.n
     while True:
         _, refined = np.unique(np.column_stack([block, block[full]]), axis=0, return_inverse=True)
         refined = refined.ravel()
-        if refined.max() == block.max() and len(np.unique(refined)) == len(np.unique(block)):
+        if refined.max() == block.max():  # labels have no gaps, so there are as many blocks as before
             break
         block = refined
     dead = block[sink]
@@ -42,11 +42,11 @@ def minimize(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.n
         return None
     # number the blocks that can be reached, the start first
     example = {b: i for i, b in reversed(list(enumerate(block.tolist())))}
-    order = {int(block[0]): None}
-    queue = list(order)
+    queue = [int(block[0])]
+    known = {dead, *queue}
     for b in queue:
-        new = [n for n in dict.fromkeys(block[full[example[b]]].tolist()) if n != dead and n not in order]
-        order.update(dict.fromkeys(new))
+        new = [n for n in dict.fromkeys(block[full[example[b]]].tolist()) if n not in known]
+        known.update(new)
         queue.extend(new)
     name = np.full(block.max() + 1, -1, np.int32)
     name[queue] = np.arange(len(queue))

@@ -6,6 +6,7 @@ escapes mean what they mean in `re`. What is no regular language, look-around an
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from re import _compiler, _constants, _parser  # type: ignore[attr-defined]  # the only way to Python's own syntax tree
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from .automata import ByteAutomaton, CharacterAutomaton, minimize, to_bytes
 MOST_STATES = 20_000
 SURROGATES = range(0xD800, 0xE000)
 _BLOCKS = ((0, SURROGATES[0]), (SURROGATES[-1] + 1, 0x110000))
-_TEXTS = tuple("".join(map(chr, range(first, stop))) for first, stop in _BLOCKS)
 Ranges = tuple[tuple[int, int], ...]
 """Inclusive ranges of code points."""
 
@@ -117,6 +117,12 @@ class _Builder:
         return self.sets[key]
 
 
+@cache
+def every_character() -> tuple[str, ...]:
+    """The characters of each block, in order."""
+    return tuple("".join(map(chr, range(first, stop))) for first, stop in _BLOCKS)
+
+
 def characters_of(op: Any, argument: Any, flags: int) -> Ranges:
     """What a part that reads one character may read: Python's engine is asked about every character there is."""
     state = _parser.State()
@@ -125,7 +131,7 @@ def characters_of(op: Any, argument: Any, flags: int) -> Ranges:
     one = _parser.SubPattern(state, [(op, argument)])
     many = _parser.SubPattern(state, [(_constants.MAX_REPEAT, (1, _constants.MAXREPEAT, one))])
     compiled = _compiler.compile(many, flags)
-    found = ((first, m) for (first, _), text in zip(_BLOCKS, _TEXTS) for m in compiled.finditer(text))
+    found = ((first, m) for (first, _), text in zip(_BLOCKS, every_character()) for m in compiled.finditer(text))
     return tuple((first + m.start(), first + m.end() - 1) for first, m in found)
 
 
@@ -172,7 +178,6 @@ class _Reader:
 
     def __init__(self, nodes: list[Node]):
         self.nodes, self.size = nodes, len(nodes)
-        self.conditional = any(node.kind == "assert" for node in nodes)
 
     def reached(self, start: int, before: Kind | None, after: Kind | None, seen: set[int]) -> Iterator[int]:
         """The threads that read, match or begin an atomic part, reached from one without reading; preferred first."""
@@ -298,16 +303,14 @@ def determinize(pattern: str) -> CharacterAutomaton:
     while len(builder.bits) != groups:  # once more where a conditional asked for a group that had been built without its mark
         groups, builder = len(builder.bits), _Builder(pattern, builder.bits)
         start = builder.sequence(tree, 0, tree.state.flags)
+    conditional = any(node.kind == "assert" for node in builder.nodes)
     word = lambda flags: characters_of(_constants.IN, [(_constants.CATEGORY, _constants.CATEGORY_WORD)], flags)
-    special: list[Ranges] = [((10, 10),), word(re.U), word(re.A)]
-    sets = [*special, *dict.fromkeys(builder.sets.values())]
-    class_of, members = partition(sets if any(n.kind == "assert" for n in builder.nodes) else sets[3:])
-    if len(members) == len(sets):
-        kinds = [Kind(*(c in members[i] for i in range(3))) for c in range(class_of.max() + 1)]
-        members = members[3:]
-    else:
-        kinds = [Kind(False, False, False)] * (class_of.max() + 1)
-    number = dict(zip(sets[3:], members))
+    special: list[Ranges] = [((10, 10),), word(re.U), word(re.A)] if conditional else []
+    read = list(dict.fromkeys(builder.sets.values()))
+    class_of, members = partition([*special, *read])
+    seen_as = members[:3] if conditional else [frozenset()] * 3
+    kinds = [Kind(*(cls in member for member in seen_as)) for cls in range(class_of.max() + 1)]
+    number = dict(zip(read, members[len(special) :]))
     reader = _Reader([n._replace(what=number[n.what]) if n.kind == "char" else n for n in builder.nodes])
 
     first: tuple[Threads, Kind | None] = (frozenset({start}), START)
@@ -321,7 +324,7 @@ def determinize(pattern: str) -> CharacterAutomaton:
             if not after:
                 row.append(-1)
                 continue
-            state = (after, kinds[cls] if reader.conditional else START)
+            state = (after, kinds[cls] if conditional else START)
             if state not in states:
                 if len(states) >= MOST_STATES:
                     raise RegexError(f"pattern {pattern!r} needs more than {MOST_STATES} states")
