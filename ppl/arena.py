@@ -5,6 +5,7 @@ whatever comes next, so nobody has to carry logits. Tokens before it lie in one 
 in slots of this particle's own cache.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,9 @@ class Row(NamedTuple):
     finished: Array
     """bool[]: whether a generated or scored EOS ended it"""
     features: Array
-    """float32[D]: the model's features from which the pending token was predicted; D is 0 where no program reads them"""
+    """float32[D]: the model's features at the pending token, where somebody has asked; D is 0 where no program asks"""
+    ahead: Array
+    """int32[]: slot of the pending token, counted over all levels, where somebody has asked for its features; else -1"""
 
 
 class Arena(NamedTuple):
@@ -64,7 +67,8 @@ def new_arena(lm: LanguageModel, handles: int, slots: int, features: int) -> Are
     cache, tokens = _empty_level(lm, slots)
     scalar = jnp.zeros(handles, jnp.int32)
     read = jnp.zeros((handles, features), jnp.float32)
-    table = Row((jnp.zeros((handles, slots), bool),), scalar - 1, scalar, scalar, scalar - 1, jnp.zeros(handles, bool), read)
+    slots_of, finished = jnp.zeros((handles, slots), bool), jnp.zeros(handles, bool)
+    table = Row((slots_of,), scalar - 1, scalar, scalar, scalar - 1, finished, read, scalar - 1)
     return Arena((cache,), (tokens,), table, jnp.int32(0), jnp.int32(0))
 
 
@@ -90,10 +94,12 @@ def read_row(arena: Arena, handle: Array) -> Row:
 
 def add_row(arena: Arena, row: Row) -> tuple[Arena, Array]:
     """Write a new context; returns its handle. All particles write, taken branch or not, so that handles stay shared."""
-    table = jax.tree.map(
-        lambda x, r: jax.lax.dynamic_update_index_in_dim(x, r.astype(x.dtype), arena.handles, 0), arena.table, row
-    )
-    return arena._replace(table=table, handles=arena.handles + 1), arena.handles
+    return set_row(arena, arena.handles, row)._replace(handles=arena.handles + 1), arena.handles
+
+
+def set_row(arena: Arena, handle: Array, row: Row) -> Arena:
+    put = lambda x, r: jax.lax.dynamic_update_index_in_dim(x, r.astype(x.dtype), handle, 0)
+    return arena._replace(table=jax.tree.map(put, arena.table, row))
 
 
 def memory(arena: Arena, row: Row, prompts: list[Prompt]) -> Memory:
@@ -144,31 +150,24 @@ def _written_after(arena: Arena, features: Array) -> Arena:
     return arena._replace(used=jnp.minimum(arena.used, arena.used + computed))
 
 
-def claim(arena: Arena, row: Row, count: Array, pending: Array, features: Array) -> tuple[Arena, Row]:
-    """Give the next `count` slots to a context, whose last token becomes `pending`; nothing happens where count is 0.
-
-    `features` [T, D] are those of the new tokens, of which the last one predicted `pending`.
-    """
+def claim(arena: Arena, row: Row, count: Array, pending: Array) -> tuple[Arena, Row]:
+    """Give the next `count` slots to a context, whose last token becomes `pending`; nothing happens where count is 0."""
     slot = jnp.arange(row.slots[-1].shape[0])
     own = row.slots[-1] | ((slot >= arena.used) & (slot < arena.used + count))
-    offset = sum(s.shape[0] for s in row.slots[:-1])
     some = count > 0
     row = row._replace(
         slots=(*row.slots[:-1], own),
         position=row.position + count,
         pending=jnp.where(some, pending, row.pending),
-        last=jnp.where(some, offset + arena.used + count - 1, row.last),
-        features=read_features(row.features, features, count),
+        last=jnp.where(some, first_own(row) + arena.used + count - 1, row.last),
+        ahead=jnp.where(some, -1, row.ahead),
     )
     return arena._replace(used=arena.used + count), row
 
 
-def read_features(before: Array, features: Array, count: Array) -> Array:
-    """Row count - 1 of `features` [T, D], or `before` where count is 0; nothing where no features are kept."""
-    if not before.shape[-1]:
-        return before
-    row = jax.lax.dynamic_index_in_dim(features, jnp.maximum(count - 1, 0), keepdims=False)
-    return jnp.where(count > 0, row.astype(jnp.float32), before)
+def first_own(row: Row) -> int:
+    """The number of the last level's first slot, counted over all levels."""
+    return sum(s.shape[0] for s in row.slots[:-1])
 
 
 def append(
@@ -184,21 +183,69 @@ def append(
     arena = _written_after(arena, features)
     arena = write_entries(arena, entries, fed)
     pending = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(count - 1, 0), keepdims=False)
-    arena, row = claim(arena, row, count, pending, features)
+    arena, row = claim(arena, row, count, pending)
     return features, arena, row
+
+
+def read_pending(
+    lm: LanguageModel, arena: Arena, row: Row, prompts: list[Prompt], needed: Callable[[Array], Array]
+) -> tuple[Array, Arena, Array]:
+    """Feed a context's pending token to the model, unless its features are known already.
+
+    Returns features [1, D], the arena with the token's entries in the first free slot, which is not claimed, and whether
+    there was a pass. There is one if this particle or another one, `needed(bool[])` says, has not had it.
+    """
+    fed = row.pending[None]
+    forward = lambda: lm.forward(fed, memory(arena, row, prompts))
+    if not row.features.shape[-1]:
+        features, entries = forward()
+        passed = jnp.asarray(True)
+    else:
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(forward))
+        passed = needed(row.ahead < 0)
+        features, entries = jax.lax.cond(passed, forward, lambda: (row.features[None].astype(blank[0].dtype), blank[1]))
+    arena = _written_after(arena, features)
+    return features, write_entries(arena, entries, fed), passed
+
+
+def follow(arena: Arena, row: Row, token: Array, live: Array) -> tuple[Arena, Row]:
+    """`token` comes after the pending one, which `read_pending` has fed; nothing happens where not `live`."""
+    known = live & (row.ahead >= 0)
+    arena, after = claim(arena, row, (live & ~known).astype(jnp.int32), token)
+    if not row.features.shape[-1]:
+        return arena, after
+    start, slots = 0, []
+    for mask in row.slots:
+        slots.append(mask | (jnp.arange(mask.shape[0]) + start == row.ahead))
+        start += mask.shape[0]
+    cached = row._replace(
+        slots=tuple(slots), position=row.position + 1, pending=token, last=row.ahead, ahead=jnp.full_like(row.ahead, -1)
+    )
+    return arena, jax.tree.map(lambda a, b: jnp.where(known, a, b), cached, after)
+
+
+def keep_features(arena: Arena, handle: Array, row: Row, features: Array, wanted: Array) -> Arena:
+    """Note in the table what `read_pending` found; the token's slot is taken."""
+    new = wanted & (row.ahead < 0)
+    row = row._replace(
+        features=jnp.where(new, features[0].astype(jnp.float32), row.features),
+        ahead=jnp.where(new, first_own(row) + arena.used, row.ahead),
+    )
+    return set_row(arena._replace(used=arena.used + new), handle, row)
 
 
 def start_row(lm: LanguageModel, arena: Arena) -> Row:
     """The context that holds the start token only."""
     empty = tuple(jnp.zeros(s.shape[1], bool) for s in arena.table.slots)
     nothing = jnp.zeros(arena.table.features.shape[-1:], jnp.float32)
-    return Row(empty, jnp.int32(-1), jnp.int32(0), jnp.int32(lm.start_id), jnp.int32(-1), jnp.asarray(False), nothing)
+    none = jnp.int32(-1)
+    return Row(empty, none, jnp.int32(0), jnp.int32(lm.start_id), none, jnp.asarray(False), nothing, none)
 
 
-def prefill(lm: LanguageModel, tokens: Array, count: Array) -> tuple[Array, Prompt]:
-    """Cache all but the last of a prompt's `count` tokens (int32[B]); returns features [B, D] too."""
-    features, entries = lm.forward(tokens, empty_memory())
-    return features, Prompt(entries, tokens, jnp.maximum(count - 1, 0))
+def prefill(lm: LanguageModel, tokens: Array, count: Array) -> Prompt:
+    """Cache all but the last of a prompt's `count` tokens (int32[B])."""
+    _, entries = lm.forward(tokens, empty_memory())
+    return Prompt(entries, tokens, jnp.maximum(count - 1, 0))
 
 
 def last_tokens(arena: Arena, row: Row, prompts: list[Prompt], last: int, pad: int) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from .arena import Row, add_row, append, claim, read_row
+from .arena import Row, add_row, append, follow, read_pending, read_row
 from .collectives import anybody, index, reindex
 from .language_model import token_log_probs
 from .lineage import Policy, resample
@@ -124,11 +124,10 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         here = options.follow(since) if inside else options
         known = reindex(prompts, since) if inside else prompts
         arena, live = state.arenas[model], ~w.done
-        features, arena, _ = append(lm, arena, w.row, known, w.row.pending[None], jnp.int32(0))
+        features, arena, passed = read_pending(lm, arena, w.row, known, lambda unread: anybody(live & unread, run.axes))
         logits = lm.unembed(features)[0]
         token, log_p, log_q, choices, restricted = draw(state.choices, site, step, logits, here, w.constraint_state)
-        # the token before this one has just been cached
-        arena, row = claim(arena, w.row, live.astype(jnp.int32), token, features)
+        arena, row = follow(arena, w.row, token, live)
         ends = token == lm.eos_id
         stop_state, stops = here.stops(w.stop_state, token)
         ended = live & (ends | stops)
@@ -147,7 +146,7 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
             stop_state=stop_state,
             constraint_state=constraint_state,
         )
-        counts = state.counts._replace(generated=state.counts.generated + live, model_calls=state.counts.model_calls + 1)
+        counts = state.counts._replace(generated=state.counts.generated + live, model_calls=state.counts.model_calls + passed)
         faults = state.faults._replace(restricted=state.faults.restricted | (live & restricted))
         state = with_arena(state, model, arena)._replace(choices=choices, counts=counts, faults=faults)
         state = note_overflow(state, number, live & (row.position + 1 > lm.max_length))

@@ -9,8 +9,9 @@ import numpy as np
 from numpyro.distributions import ExpandedDistribution, MaskedDistribution
 
 from . import sites
-from .arena import add_row, append, last_tokens, prefill, read_features, read_row, start_row
+from .arena import add_row, append, keep_features, last_tokens, prefill, read_pending, read_row, start_row
 from .choices import Spec
+from .collectives import anybody
 from .decode import decode, replay
 from .language_model import token_log_probs
 from .state import note_overflow, with_arena
@@ -107,12 +108,11 @@ def prompt(run: "Interpreter", tokens: Array, *, model: int, name: str) -> list[
         row = row._replace(pending=jnp.where(count > 0, clean[0], lm.start_id).astype(jnp.int32))
         _, arena, row = append(lm, arena, row, [], jnp.roll(clean, -1), known)
     else:
-        features, block = prefill(lm, clean, count)
+        block = prefill(lm, clean, count)
         row = row._replace(
             prompt=jnp.int32(len(run.prompts[model])),
             position=block.cached,
             pending=jnp.where(count > 0, clean[known], lm.start_id).astype(jnp.int32),
-            features=read_features(row.features, features, known),
         )
         run.prompts[model].append(run.frame.put(block))
     arena, handle = add_row(arena, row)
@@ -163,7 +163,12 @@ def tokens(run: "Interpreter", handle: Array, *, last: int, model: int, name: st
 
 
 def features(run: "Interpreter", handle: Array, *, model: int, **_: Any) -> list[Any]:
-    return [read_row(run.state.arenas[model], handle).features]
+    lm, arena, active = run.models[model], run.state.arenas[model], jnp.asarray(run.is_active())
+    row, needed = read_row(arena, handle), lambda unread: anybody(active & unread, run.axes)
+    found, arena, passed = read_pending(lm, arena, row, run.read_prompts(model), needed)
+    run.state = with_arena(run.state, model, keep_features(arena, handle, row, found, active))
+    run.count(model_calls=passed)
+    return [found[0].astype(jnp.float32)]
 
 
 def generate(

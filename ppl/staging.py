@@ -16,6 +16,7 @@ from .sites import (
     NAMED_SITES,
     VALUE_SITES,
     bound_p,
+    features_p,
     flatten,
     generate_p,
     plate_p,
@@ -217,6 +218,8 @@ def need(closed: Any, *, nested: bool = False) -> Need:
             if eqn.primitive is prompt_p and not nested:
                 slots = 0  # a prompt outside of loops has a block of its own
             total += Need({m: 1}, {m: slots})
+        elif eqn.primitive is features_p:
+            total += Need({}, {eqn.params["model"]: 1})
         elif eqn.primitive is plate_p:
             continue  # its elements have arenas of their own
         elif eqn.primitive.name == "scan" and holds_sites(eqn):

@@ -159,11 +159,10 @@ def tokens(context: Context, last: int) -> tuple[Array, Array]:
 
 
 def features(context: Context) -> Array:
-    """The model's features float32[D] from which the context's last token was predicted: what `lm.unembed` read there.
+    """The model's features float32[D] at the context's last token: what `lm.unembed` reads to predict the next one.
 
-    They have seen every token but the last, and cost nothing: the pass that drew the last token computed them. A head on
-    them, such as a process reward, reads a text up to its end where the last token (a newline, say) says nothing
-    new. Zeros where the context holds no more than a start token.
+    A head on them, such as a process reward, costs no pass of its own: the model reads the last token now, in place of when
+    the text goes on.
 
         line, context = ppl.generate("line", context, until="\\n", max_tokens=16)
         ppl.twist("promise", jax.nn.log_sigmoid(weights @ ppl.features(context)))

@@ -1,4 +1,4 @@
-"""Contexts of a model that reads everything: where prompts may stand, and the features behind a context's last token."""
+"""Contexts of a model that reads everything: where prompts may stand, and the features at a context's last token."""
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +62,8 @@ def test_a_prompt_means_the_same_wherever_it_stands(lm, place):
 
 
 def recomputed(lm, tokens):
-    """Features of a whole sequence, from which its last token was predicted; zeros after the start token alone."""
-    if len(tokens) < 2:
-        return np.zeros(lm.config.hidden_size)
-    return np.asarray(lm.forward(jnp.asarray(tokens), empty_memory())[0][len(tokens) - 2])
+    """Features at the last token of a whole sequence."""
+    return np.asarray(lm.forward(jnp.asarray(tokens), empty_memory())[0][len(tokens) - 1])
 
 
 class TestFeatures:
@@ -123,6 +121,45 @@ class TestFeatures:
         # a text of two tokens that is not ended by EOS goes on with padding, which is EOS
         for features, tokens in zip(found, ([*PROMPT, 4, 5, 0], [*PROMPT, 6, 0])):
             np.testing.assert_allclose(features, recomputed(lm, tokens), atol=2e-5)
+
+    def test_cost_a_pass_only_where_nothing_follows(self, lm):
+        def program(read):
+            def step(context, _):
+                _, context = ppl.generate("text", context, max_tokens=3)
+                return context, ppl.features(context) if read else None
+
+            context, _ = jax.lax.scan(step, ppl.prompt(lm, PROMPT), length=3)
+            if read:
+                ppl.features(context)  # known by now
+
+        runs = [inference.ImportanceSampling(4).run(jax.random.key(3), ppl.program(program), read) for read in (False, True)]
+        assert runs[1].ledger.model_calls == runs[0].ledger.model_calls + 1
+        np.testing.assert_array_equal(runs[0].values["text"].tokens, runs[1].values["text"].tokens)
+        np.testing.assert_allclose(runs[0].values["text"].log_probs, runs[1].values["text"].log_probs, atol=2e-5)
+
+    @pytest.mark.parametrize("follow", ["generate", "score", "fork"])
+    def test_what_follows_is_as_if_nobody_had_read_them(self, lm, follow):
+        """Also where only some particles have: those that took the branch."""
+
+        def program(read):
+            heads = ppl.sample("heads", dist.Bernoulli(0.5))
+            start = ppl.prompt(lm, PROMPT)
+            _, context = ppl.generate("first", start, max_tokens=2)
+            if read:
+                jax.lax.cond(heads == 1, lambda: ppl.features(context), lambda: jnp.zeros(lm.config.hidden_size))
+            if follow == "score":
+                context = ppl.score("rest", context, REST)
+            elif follow == "fork":
+                ppl.generate("other", context, max_tokens=2)
+            ppl.generate("second", context, max_tokens=4)
+            return ppl.tokens(context, last=8)
+
+        runs = [inference.ImportanceSampling(8).run(jax.random.key(5), ppl.program(program), read) for read in (False, True)]
+        for name in ("first", "second"):
+            np.testing.assert_array_equal(runs[0].values[name].tokens, runs[1].values[name].tokens)
+            np.testing.assert_allclose(runs[0].values[name].log_probs, runs[1].values[name].log_probs, atol=2e-5)
+        np.testing.assert_allclose(runs[0].log_weights, runs[1].log_weights, atol=2e-5)
+        np.testing.assert_array_equal(runs[0].returned[0], runs[1].returned[0])
 
     def test_are_a_site_and_cost_nothing_where_nobody_reads_them(self, lm):
         assert new_arena(lm, 3, 5, 0).table.features.shape == (3, 0)
