@@ -14,7 +14,7 @@ from latentrace.models.loading import SHIPPED
 
 Array = jax.Array
 FILE = "process_reward.safetensors"
-HIDDEN = 64
+HIDDEN = 512
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +22,7 @@ HIDDEN = 64
 class ProcessReward:
     """A perceptron with one hidden layer on features of a language model: a pytree of weights.
 
-    It reads `ppl.features(context)` at the end of a line, which the pass that wrote the line has computed: it costs no
-    pass of its own.
+    It reads `ppl.features(context)` at the end of a line, which the model computes anyway to go on: no pass of its own.
 
         line, context = ppl.generate("line", context, until="\\n", max_tokens=12)
         ppl.twist("promise", reward.log_prob(ppl.features(context)))

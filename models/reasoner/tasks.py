@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from latentrace.models.reasoner import countdown, splits, verifier, word_problems
-from latentrace.models.reasoner.countdown import Puzzle
+from latentrace.models.reasoner.countdown import LARGEST_CARD, Puzzle
 from latentrace.models.reasoner.data import LARGEST_EXTRA
 
 
@@ -80,7 +80,7 @@ class WordProblem(NamedTuple):
 
 
 Problem = CountdownProblem | WordProblem
-LARGEST_NEW = 28
+LARGEST_NEW = 24
 """The largest number of the Games of 24 that `new_problem` makes."""
 
 
@@ -102,11 +102,12 @@ SPLITS: dict[str, Callable[[int], list[Problem]]] = {
 
 
 def new_problem(rng: random.Random) -> Problem:
-    """A random problem outside of every test split: half word problems, the rest Countdown of any size and Games of 24.
+    """A random problem outside of every test split, of each kind about as often: word problem, Game of 24, Countdown.
 
-    Those have larger numbers than the reasoner's training set, which it knows too well to tell how it does on new ones.
+    One number of those games is larger than any in the reasoner's training set, which it knows too well to tell how it does
+    on new ones; it solves about as many of them as of the hard ones.
     """
-    kind = rng.choices(("words", "countdown", "game"), (0.5, 0.3, 0.2))[0]
+    kind = rng.choice(("words", "game", "countdown"))
     if kind == "words":
         return WordProblem(word_problems.generate(rng)[0])
     while True:
@@ -115,6 +116,7 @@ def new_problem(rng: random.Random) -> Problem:
             if splits.may_train(*puzzle):
                 return CountdownProblem(puzzle)
         else:
-            numbers = tuple(rng.randint(1, LARGEST_NEW) for _ in range(4))
-            if max(numbers) > LARGEST_EXTRA and countdown.solve(numbers, whole=True):
+            small = [rng.randint(1, LARGEST_CARD) for _ in range(3)]
+            numbers = (*sorted(small), rng.randint(LARGEST_EXTRA + 1, LARGEST_NEW))
+            if countdown.solve(numbers, whole=True):
                 return CountdownProblem(Puzzle(numbers))

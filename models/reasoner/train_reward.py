@@ -25,6 +25,8 @@ from latentrace.models.reasoner.tasks import SPLITS, Problem, new_problem
 from latentrace.ppl.language_model import LanguageModel
 
 Array = jax.Array
+HELD_OUT_PROBLEMS = 400
+"""Most problems of a split that the reward is judged on."""
 
 
 class Examples(NamedTuple):
@@ -139,20 +141,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="reasoner", help="a shipped model or a directory in Hugging Face layout")
     parser.add_argument("--out", default=FILE, help="file to write (default %(default)s)")
-    parser.add_argument("--problems", type=int, default=3500, help="new problems to sample for")
-    parser.add_argument("--samples", type=int, default=10, help="samples per problem, six times as many for the fresh games")
-    parser.add_argument("--steps", type=int, default=3000, help="of fitting")
+    parser.add_argument("--problems", type=int, default=16000, help="new problems to sample for")
+    parser.add_argument("--samples", type=int, default=8, help="samples per problem, eight times as many for the fresh games")
+    parser.add_argument("--steps", type=int, default=20000, help="of fitting")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     lm = models.load(arguments.model)
     rng = random.Random(arguments.seed)
     problems = [new_problem(rng) for _ in range(arguments.problems)]
-    fresh = collect(lm, SPLITS["fresh"](100), 6 * arguments.samples, arguments.seed)
+    fresh = collect(lm, SPLITS["fresh"](100), 8 * arguments.samples, arguments.seed)
     examples = joined(fresh, collect(lm, problems, arguments.samples, arguments.seed))
     reward = fit(examples, arguments.steps, arguments.seed)
     reward.save(arguments.out)
     for split in [name for name in SPLITS if name != "fresh"]:
-        print(json.dumps(assess(lm, reward, split, 100, 20, arguments.seed + 1)), flush=True)
+        print(json.dumps(assess(lm, reward, split, HELD_OUT_PROBLEMS, 20, arguments.seed + 1)), flush=True)
 
 
 if __name__ == "__main__":
