@@ -15,6 +15,7 @@ from latentrace.models.loading import SHIPPED
 Array = jax.Array
 FILE = "process_reward.safetensors"
 HIDDEN = 512
+"""Units of an untrained reward; training joins several."""
 
 
 @jax.tree_util.register_dataclass

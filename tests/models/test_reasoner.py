@@ -227,7 +227,7 @@ class TestProcessReward:
         true = 1 / (1 + np.exp(-2 * features[:, 0] * features[:, 1]))
         right = rng.random(20_000) < true
         fitted = train_reward.fit(
-            train_reward.Examples(features[:16_000], right[:16_000], np.zeros(16_000), np.arange(16_000)), 1500, 0
+            train_reward.Examples(features[:16_000], right[:16_000], np.zeros(16_000), np.arange(16_000)), 1500, 0, members=2
         )
         stated = np.asarray(fitted.probability(features[16_000:]))
         assert train_reward.calibration(stated, right[16_000:]).error < 0.05
