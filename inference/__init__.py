@@ -1,8 +1,24 @@
 """Inference: algorithms that run on any program and return a `Posterior`."""
 
+from . import mcmc, smc
+from .anytime import Budget, Checkpoint
 from .exact import Exact
 from .importance import ImportanceSampling
 from .posterior import Ledger, Marginal, Posterior
-from .smc import SMC
+from .smc import PMMH, SMC, ParticleGibbs, SMCSteering
 
-__all__ = ["SMC", "Exact", "ImportanceSampling", "Ledger", "Marginal", "Posterior"]
+__all__ = [
+    "PMMH",
+    "SMC",
+    "Budget",
+    "Checkpoint",
+    "Exact",
+    "ImportanceSampling",
+    "Ledger",
+    "Marginal",
+    "ParticleGibbs",
+    "Posterior",
+    "SMCSteering",
+    "mcmc",
+    "smc",
+]

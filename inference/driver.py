@@ -86,9 +86,11 @@ def run_particles(
     return finish(staged, output, calls=calls, seconds=time.perf_counter() - start)
 
 
-def finish(staged: Staged, output: Output, *, calls: int, seconds: float, exact: bool = False) -> Posterior:
+def finish(
+    staged: Staged, output: Output, *, calls: int, seconds: float, exact: bool = False, stopped: str | None = None
+) -> Posterior:
     """Check a run's faults and make its posterior."""
-    check_faults(staged, output)
+    check_faults(staged, output.faults, np.asarray(output.log_weight))
     counts, n = output.counts, len(output.log_weight)
     generated = int(counts.generated.sum())
     ledger = Ledger(
@@ -101,11 +103,12 @@ def finish(staged: Staged, output: Output, *, calls: int, seconds: float, exact:
     )
     return Posterior(
         values=label_values(staged, output.values),
-        returned=staged.out_tree.unflatten(output.returned),
+        returned=None if stopped else staged.out_tree.unflatten(output.returned),
         log_weights=np.asarray(output.log_weight),
         ledger=ledger,
         active={k: np.asarray(v) for k, v in output.active.items()},
         exact=exact,
         roots=np.asarray(output.root),
         restricted=bool(np.asarray(output.faults.restricted).any()),
+        stopped=stopped,
     )

@@ -93,7 +93,7 @@ class Counter(NamedTuple):
     radices: tuple[int, ...]
     layout: Layout
 
-    def choices(self, rng_key: Array, particle: Array) -> Any:
+    def choices(self, rng_key: Array, particle: Array, trace: dict[str, Array]) -> Any:
         strides = np.cumprod([1, *self.radices[::-1]])[:-1][::-1].astype(np.int32)
         digits = particle // jnp.asarray(strides) % jnp.asarray(self.radices, jnp.int32)
         return Digits(digits.astype(jnp.int32), jnp.int32(0), self.layout)

@@ -121,13 +121,25 @@ class Posterior:
     """int[N]: each particle's ancestor at the start; None where particles are independent"""
     restricted: bool = False
     """whether a proposal left out tokens that the model allows: the target is then p on the proposal's support"""
+    stopped: str | None = None
+    """where a run was stopped before its end: `log_weights` are then for the intermediate target there, twists included,
+    sites that were not reached are missing or inactive, and `returned` is None"""
+    chains: int | None = None
+    """of how many Markov chains of equal length the traces are the draws, chain after chain; None where they are none"""
+    biased: bool = False
+    """whether the algorithm resampled by a scheme that is biased by name: no estimate, nor the evidence, is then unbiased"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", Values(self.values))
 
     @cached_property
     def log_evidence(self) -> float:
-        """log of the target's normaliser, nats; its estimate is unbiased on the natural scale."""
+        """log of the target's normaliser, nats; its estimate is unbiased on the natural scale, unless `biased`.
+
+        `ValueError` for draws of Markov chains, which do not tell.
+        """
+        if self.chains is not None:
+            raise ValueError("draws of a Markov chain do not estimate the evidence; SMC and importance sampling do")
         total = float(logsumexp(self.log_weights.astype(np.float64)))
         return total if self.exact else total - float(np.log(len(self.log_weights)))
 
@@ -179,10 +191,12 @@ class Posterior:
 
         Particles that descend from one root of the run are dependent: their deviations are summed before squaring (Chan
         and Lai 2013; Lee and Whiteley 2018). Never less than for independent particles, and 0 under
-        exact inference.
+        exact inference. Draws of Markov chains count by their effective sample size (Vehtari et al. 2021), as NumPyro has it.
         """
         if self.exact:
             return 0.0
+        if self.chains is not None:
+            return _chain_error(np.asarray(values, np.float64).reshape(self.chains, -1))
         deviations = self.weights * np.nan_to_num(values - self.weights @ values)
         independent = float((deviations**2).sum())
         families = deviations if self.roots is None else np.bincount(np.unique(self.roots, return_inverse=True)[1], deviations)
@@ -205,9 +219,9 @@ class Posterior:
         index = np.searchsorted(cumulative / cumulative[-1], u, side="right")
         index = np.random.default_rng(np.asarray(jax.random.key_data(rng_key))).permutation(index)
         take = lambda tree: jax.tree.map(lambda x: np.asarray(x)[index], tree)
-        log_weights = np.full(n, self.log_evidence, np.float32)
+        log_weights = np.full(n, 0.0 if self.chains else self.log_evidence, np.float32)
         return Posterior(take(self.values), take(self.returned), log_weights, self.ledger, take(self.active),
-                         restricted=self.restricted)  # fmt: skip
+                         restricted=self.restricted, biased=self.biased)  # fmt: skip
 
     def to_arviz(self) -> Any:
         """The posterior for ArviZ: N equal-weight draws, resampled by us, with the weighted particles beside them.
@@ -231,12 +245,25 @@ class Posterior:
         return data
 
     def __repr__(self) -> str:
-        kind = "traces" if self.exact else "particles"
         note = ", target restricted to the proposal's support" if self.restricted else ""
-        return (
-            f"Posterior({len(self.log_weights)} {kind}, log evidence {self.log_evidence:.3f}, ESS {self.ess:.1f}{note}; "
-            f"sites: {', '.join(self.values)})"
-        )
+        note += f", stopped before {self.stopped}" if self.stopped else ""
+        note += ", biased resampling" if self.biased else ""
+        if self.chains is not None:
+            found = f"{len(self.log_weights)} draws of {self.chains} {'chain' if self.chains == 1 else 'chains'}"
+        else:
+            kind = "traces" if self.exact else "particles"
+            found = f"{len(self.log_weights)} {kind}, log evidence {self.log_evidence:.3f}, ESS {self.ess:.1f}"
+        return f"Posterior({found}{note}; sites: {', '.join(self.values)})"
+
+
+def _chain_error(values: np.ndarray) -> float:
+    """Standard error of the mean of float[chains, draws]; infinite where the draws are too few to tell."""
+    from numpyro.diagnostics import effective_sample_size
+
+    spread = float(values.std())
+    if values.shape[1] < 4:
+        return float("inf")
+    return spread / float(np.sqrt(effective_sample_size(values))) if spread > 0 else 0.0
 
 
 def _columns(values: dict[str, Any]) -> dict[str, np.ndarray]:

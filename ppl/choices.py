@@ -91,6 +91,43 @@ class Keyed(NamedTuple):
         return jax.random.uniform(jax.random.fold_in(shared, clock), (count,)), self
 
 
+class Retained(NamedTuple):
+    """The choices of a population in which one particle repeats a given trace; the others draw."""
+
+    drawn: Choices
+    values: dict[str, Array]
+    """for each random site its value in the trace, token ids for a text; leading axes for loops and plates"""
+    repeats: Array
+    """bool[]: whether this is the particle that repeats it"""
+
+    def _kept(self, site: SiteRef) -> Array:
+        value = self.values[site.name]
+        for index in site.path:
+            value = jax.lax.dynamic_index_in_dim(value, index, keepdims=False)
+        return value
+
+    def supply(self, spec: Spec | None, active: Any) -> None:
+        return None
+
+    def value(self, site: SiteRef, dist: Any) -> tuple[Any, "Retained"]:
+        value, drawn = self.drawn.value(site, dist)
+        return jnp.where(self.repeats, self._kept(site).astype(value.dtype), value), self._replace(drawn=drawn)
+
+    def token(self, site: SiteRef, step: Array, logits: Array) -> tuple[Array, "Retained"]:
+        token, drawn = self.drawn.token(site, step, logits)
+        return jnp.where(self.repeats, self._kept(site)[step], token), self._replace(drawn=drawn)
+
+    def uniforms(self, clock: Array, weights: Array, count: int) -> tuple[Array, "Retained"]:
+        uniforms, drawn = self.drawn.uniforms(clock, weights, count)
+        return uniforms, self._replace(drawn=drawn)
+
+    def enter_element(self, i: Array, jaxpr: Any) -> "Retained":
+        return self._replace(drawn=self.drawn.enter_element(i, jaxpr))
+
+    def leave_plate(self, size: int, jaxpr: Any) -> "Retained":
+        return self._replace(drawn=self.drawn.leave_plate(size, jaxpr))
+
+
 def inverse_cdf(weights: Array, u: Array, width: int = 256) -> Array:
     """The index int32[] at which the cumulative sum of `weights` (float32[V], not normalised) passes `u` times its total.
 

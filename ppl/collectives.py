@@ -19,16 +19,59 @@ PARTICLES = "particles"
 
 def over_particles(one_particle: Any, num_particles: int) -> Any:
     """The results of `one_particle()` for all particles, on a new leading axis."""
+    return _mapped(lambda _: one_particle(), num_particles)(jnp.zeros(num_particles))
+
+
+def over_particles_from(one_particle: Any, num_particles: int, leaves: list[Array], axes: tuple[int | None, ...]) -> tuple:
+    """The results of `one_particle(*leaves)`, a list of arrays, and the axis of each: None where all particles share it, 0
+    where particles have their own.
+
+    `axes` says the same of the inputs. What is shared, such as a prompt's cache, is never copied.
+    """
+    found: list[int | None] = []
+
+    def watched(_: Array, *values: Array) -> list[Array]:
+        out = [jnp.asarray(x) for x in one_particle(*values)]
+        found[:] = [0 if _differs(x) else None for x in out]
+        return out
+
+    inputs, axes_in = (jnp.zeros(num_particles), *leaves), (0, *axes)
+    jax.eval_shape(_mapped(watched, num_particles, in_axes=axes_in), *inputs)
+    unwatched = lambda _, *values: [jnp.asarray(x) for x in one_particle(*values)]
+    return _mapped(unwatched, num_particles, in_axes=axes_in, out_axes=list(found))(*inputs), tuple(found)
+
+
+def _differs(x: Array) -> bool:
+    """Whether particles have values of their own of something that is being traced over them."""
+    noted: list[bool] = []
+    differs_p.bind(x, note=lambda: noted.append(True))
+    return bool(noted)
+
+
+differs_p = core.Primitive("differs")
+differs_p.def_abstract_eval(lambda x, note: x)
+
+
+def _batch_differs(axis_data: Any, args: Any, dims: Any, note: Any) -> Any:
+    if dims[0] is not None:
+        note()
+    return args[0], dims[0]
+
+
+batching.fancy_primitive_batchers[differs_p] = _batch_differs
+
+
+def _mapped(fn: Any, num_particles: int, **axes: Any) -> Any:
+    """`fn` over the particles' axis, which a mesh may split."""
     mesh = jax.sharding.get_abstract_mesh()
     if PARTICLES not in mesh.axis_names:
-        return jax.vmap(lambda _: one_particle(), axis_name=PARTICLES)(jnp.zeros(num_particles))
+        return jax.vmap(fn, axis_name=PARTICLES, **axes)
     devices = mesh.shape[PARTICLES]
     if num_particles % devices:
         raise ValueError(
             f"num_particles={num_particles} is not a multiple of the {devices} devices of the mesh's particles axis"
         )
-    every = jax.vmap(lambda _: spread(one_particle()), axis_name=PARTICLES, spmd_axis_name=PARTICLES)
-    return every(jnp.zeros(num_particles))
+    return jax.vmap(lambda *x: spread(fn(*x)), axis_name=PARTICLES, spmd_axis_name=PARTICLES, **axes)
 
 
 def spread(tree: Any) -> Any:

@@ -4,11 +4,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from .arena import Row, add_row, append, follow, read_pending, read_row
 from .collectives import anybody, index, reindex
+from .errors import SiteError
 from .language_model import token_log_probs
 from .lineage import Policy, resample
+from .proposals import has_potentials
 from .state import note_overflow, pay, steer, with_arena
 from .text import Text
 
@@ -41,13 +44,16 @@ class Options(NamedTuple):
         after = self.table[state, token]
         return jnp.minimum(after, self.table.shape[0] - 1), after == self.table.shape[0]
 
-    def propose(self, logits: Array, state: Any) -> Array:
-        """The logits that a token is drawn from: proposal, then constraint."""
-        if self.proposal is not None:
-            logits = jax.core.eval_jaxpr(_open(self.proposal), (), *self.proposal_operands, logits)[0].astype(jnp.float32)
-        if self.constraint is not None:
-            logits = jnp.where(self.constraint.mask(state), logits, -jnp.inf)
-        return logits
+    @property
+    def steers(self) -> bool:
+        """Whether the site has a twist."""
+        return self.twist is not None or has_potentials(self.constraint)
+
+    def propose(self, logits: Array) -> Array:
+        """The proposal's logits; the model's where there is none."""
+        if self.proposal is None:
+            return logits
+        return jax.core.eval_jaxpr(_open(self.proposal), (), *self.proposal_operands, logits)[0].astype(jnp.float32)
 
     def log_psi(self, text: Text) -> Array:
         leaves = jax.tree.leaves(text)
@@ -125,8 +131,8 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         known = reindex(prompts, since) if inside else prompts
         arena, live = state.arenas[model], ~w.done
         features, arena, passed = read_pending(lm, arena, w.row, known, lambda unread: anybody(live & unread, run.axes))
-        logits = lm.unembed(features)[0]
-        token, log_p, log_q, choices, restricted = draw(state.choices, site, step, logits, here, w.constraint_state)
+        logits = side_by_side(lm.unembed(features)[0])
+        token, log_p, log_q, log_psi, choices, restricted = draw(state.choices, site, step, logits, here, w.constraint_state)
         arena, row = follow(arena, w.row, token, live)
         ends = token == lm.eos_id
         stop_state, stops = here.stops(w.stop_state, token)
@@ -153,10 +159,12 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         # without a proposal nothing is paid, but a model that answers NaN is noted
         ratio = log_p - log_q if moves else jnp.where(jnp.isnan(log_p), jnp.nan, 0.0)
         state = pay(state, number, ratio, live)._replace(clock=state.clock + 1)
-        if options.twist is not None:
-            log_psi = here.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))
-            counts = state.counts._replace(potentials=state.counts.potentials + live)
-            state = steer(state, name, number, log_psi, live)._replace(counts=counts)
+        if options.steers:
+            log_psi = jnp.where(w.done, 0.0, log_psi)  # the text is over: its potential is taken back
+            if options.twist is not None:
+                log_psi += here.log_psi(Text(w.tokens, w.length, w.ended, w.log_probs, lm))
+                state = state._replace(counts=state.counts._replace(potentials=state.counts.potentials + live))
+            state = steer(state, name, number, log_psi, live)
         w = w._replace(done=w.done | dead(state))
         if progress is not None:
             jax.lax.cond(step % 16 == 15, lambda: progress(state.counts.model_calls), lambda: None)
@@ -176,23 +184,54 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
 
 
 def draw(choices: Any, site: Any, step: Array, logits: Array, options: Options, state: Any) -> tuple[Any, ...]:
-    """A token, its log probabilities under the model and the proposal, the choices, and whether the proposal's support is
-    smaller than the model's."""
-    normaliser = jax.nn.logsumexp(logits)
+    """A token, its log probabilities under the model and the proposal, its log potential, the choices, and whether the
+    proposal's support is smaller than the target's."""
+    normaliser, none = log_total(logits), jnp.float32(0)
     if options.constraint is None and options.proposal is None:
         token, choices = choices.token(site, step, logits)
         log_p = logits[token] - normaliser
-        return token, log_p, log_p, choices, jnp.asarray(False)
-    proposed = options.propose(logits, state)
+        return token, log_p, log_p, none, choices, jnp.asarray(False)
+    proposed, allowed, log_psi = options.propose(logits), jnp.asarray(True), None
+    if options.constraint is not None:
+        allowed = over_tokens(site.name, "mask", options.constraint.mask(state), logits.shape)
+        if has_potentials(options.constraint):
+            log_psi = over_tokens(site.name, "log_potentials", options.constraint.log_potentials(state), logits.shape)
+            proposed = proposed + log_psi
+        proposed = jnp.where(allowed, proposed, -jnp.inf)
     token, choices = choices.token(site, step, proposed)
-    log_p, total = logits[token] - normaliser, jax.nn.logsumexp(proposed)
+    log_p, total = logits[token] - normaliser, log_total(proposed)
     log_q = proposed[token] - total
-    dead = total == -jnp.inf  # nothing may follow
     restricted = jnp.asarray(False)
-    if options.proposal is not None:
-        allowed = True if options.constraint is None else options.constraint.mask(state)
+    if options.proposal is not None or log_psi is not None:
         restricted = (allowed & (proposed == -jnp.inf) & (logits > -jnp.inf)).any()
-    return token, jnp.where(dead, -jnp.inf, log_p), jnp.where(dead, 0.0, log_q), choices, restricted & ~dead
+    dead = total == -jnp.inf  # nothing may follow
+    log_p, log_q = jnp.where(dead, -jnp.inf, log_p), jnp.where(dead, 0.0, log_q)
+    return token, log_p, log_q, none if log_psi is None else log_psi[token], choices, restricted
+
+
+def log_total(logits: Array) -> Array:
+    """log(sum(exp(logits))), of the same exponentials that a draw takes: XLA computes them once."""
+    top = logits.max()
+    return jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(jnp.exp(logits - top).sum()))
+
+
+def side_by_side(logits: Array) -> Array:
+    """The same, one particle's logits side by side in memory.
+
+    A product of a large matrix and few columns leaves those of one token side by side, and each pass that reads them so takes
+    several times as long.
+    """
+    return with_layout_constraint(logits, Layout((0,)))
+
+
+def over_tokens(site: str, method: str, found: Array, expected: tuple[int, ...]) -> Array:
+    """What a constraint says of every token, checked for its shape."""
+    if found.shape != expected:
+        raise SiteError(
+            f"site {site!r}: the constraint's `{method}` must have one entry for each of {expected[0]} tokens, found shape "
+            f"{list(found.shape)}"
+        )
+    return found
 
 
 def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given: Any, canonical: Array, *, name: str,

@@ -27,6 +27,10 @@ class NotEnumerableError(SiteError):
     """The program cannot be enumerated: a site has no finite support, or there are too many traces."""
 
 
+class RunCheckpointError(SiteError):
+    """A run's checkpoint that cannot be read, or that belongs to another run."""
+
+
 class RunError(LatentraceError, RuntimeError):
     """A run went wrong at a site; found when its results come back."""
 

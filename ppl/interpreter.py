@@ -5,7 +5,7 @@ particle's `State`, every branch runs under a mask. What particles need of each 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from . import decode, rules, sites
 from .arena import Prompt, new_arena, with_level
 from .choices import SiteRef
-from .collectives import PARTICLES, index, reindex
+from .collectives import PARTICLES, index
 from .errors import TransformationError
-from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, scan_of
-from .lineage import Cell, Frame, Policy, follow_back, resample
-from .staging import Staged, loop_bound, need, walks_into
+from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, sites_inside
+from .lineage import Cell, Frame, Policy, resample
+from .loops import walk_loop
+from .staging import Staged, need, walks_into
 from .state import Faults, State, no_counts, no_faults, pay, steer
 
 Array = jax.Array
@@ -118,19 +119,24 @@ class Interpreter:
 
     def walk(self, closed: Any, inputs: list[Cell]) -> list[Cell]:
         """Interpret a jaxpr in this frame."""
-        jaxpr = body_of(closed)
-        env: dict[Any, Cell] = {}
-        for v, c in zip(jaxpr.constvars, consts_of(closed)):
-            env[v] = Cell(self.consts.get(id(c), c), len(self.frame.lineage))
+        jaxpr, env = body_of(closed), self.constants(closed)
         env.update(zip(jaxpr.invars, inputs))
+        self.walk_equations(jaxpr.eqns, env)
+        return [self.read(env, a) for a in jaxpr.outvars]
 
-        def cell(atom: Any) -> Cell:
-            return self.frame.put(atom.val) if isinstance(atom, Literal) else env[atom]
+    def constants(self, closed: Any) -> dict[Any, Cell]:
+        """The variables of a jaxpr that hold constants."""
+        pairs = zip(body_of(closed).constvars, consts_of(closed))
+        return {v: Cell(self.consts.get(id(c), c), len(self.frame.lineage)) for v, c in pairs}
 
-        for eqn in jaxpr.eqns:
-            outputs = self.equation(eqn, [cell(a) for a in eqn.invars])
+    def read(self, env: dict[Any, Cell], atom: Any) -> Cell:
+        return self.frame.put(atom.val) if isinstance(atom, Literal) else env[atom]
+
+    def walk_equations(self, eqns: Sequence[Any], env: dict[Any, Cell]) -> None:
+        """Interpret equations, and add what they define to `env`."""
+        for eqn in eqns:
+            outputs = self.equation(eqn, [self.read(env, a) for a in eqn.invars])
             env.update((v, o) for v, o in zip(eqn.outvars, outputs) if not isinstance(v, DropVar))
-        return [cell(a) for a in jaxpr.outvars]
 
     def equation(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
         name = eqn.primitive.name
@@ -142,10 +148,8 @@ class Interpreter:
             values = self.plate(inputs, **eqn.params)
         elif not walks_into(eqn):
             values = bind(eqn, [self.frame.get(c) for c in inputs])
-        elif name == "scan":
-            return self.scan(eqn, inputs)
-        elif name == "while":
-            return self.while_loop(eqn, inputs)
+        elif name in ("scan", "while"):
+            return walk_loop(self, eqn, inputs)
         elif name == "cond":
             return self.cond(eqn.params["branches"], inputs)
         elif (called := called_jaxpr(eqn)) is not None:
@@ -195,7 +199,7 @@ class Interpreter:
         index = self.frame.get(which).astype(jnp.int32)
         out, records, self.state = jax.lax.switch(index, [partial(taken, b) for b in branches], values, before)
         self.moved = True
-        self._merge_records(records)
+        self.merge_records(records)
         return [self.frame.put(o) for o in out]
 
     def settle(self) -> None:
@@ -220,103 +224,11 @@ class Interpreter:
         """Values and activity of the sites met in this frame."""
         return {k: (self.frame.get(v), self.frame.get(a)) for k, (v, a) in self.records.items()}
 
-    def scan(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
-        s = scan_of(eqn)
-        for cell in inputs:
-            self.frame.get(cell)  # bring them to the loop's start
-        consts, carry, xs = inputs[: s.num_consts], inputs[s.num_consts :][: s.num_carry], inputs[s.num_consts + s.num_carry :]
-
-        def step(body: "Interpreter", carry: list[Cell], i: Array) -> tuple[list[Cell], list[Cell]]:
-            at = s.length - 1 - i if s.reverse else i
-            slices = [Cell(jnp.asarray(c.value)[at], 0) for c in xs]
-            out = body.walk(s.body, [*[body.enter(c) for c in consts], *carry, *slices])
-            return out[: s.num_carry], out[s.num_carry :]
-
-        carry_out, ys = self.loop(s.body, s.length, step, carry, reverse=s.reverse)
-        return [*carry_out, *ys]
-
-    def while_loop(self, eqn: Any, inputs: list[Cell]) -> list[Cell]:
-        """A loop of as many steps as its bound says, each under the mask "still going"."""
-        bound, truncate = loop_bound(eqn)
-        p = eqn.params
-        if any(is_site(e) for e in all_eqns(p["cond_jaxpr"])):
-            raise TransformationError("a while loop's condition holds a site; move it to the body and carry its value")
-        for cell in inputs:
-            self.frame.get(cell)
-        n, m = p["cond_nconsts"], p["body_nconsts"]
-        cond_consts, body_consts, init = inputs[:n], inputs[n : n + m], inputs[n + m :]
-        going = self.walk(p["cond_jaxpr"], [*cond_consts, *init])[0]
-
-        def step(body: "Interpreter", carry: list[Cell], i: Array) -> tuple[list[Cell], list[Cell]]:
-            *values, going = carry
-            outer = body.active
-            body.active = body.frame.put(jnp.asarray(body.frame.get(outer)) & body.frame.get(going))
-            out = body.walk(p["body_jaxpr"], [*[body.enter(c) for c in body_consts], *values])
-            now = body.frame.get(going)
-            new = [body.frame.put(jnp.where(now, body.frame.get(o), body.frame.get(v))) for o, v in zip(out, values)]
-            again = body.walk(p["cond_jaxpr"], [*[body.enter(c) for c in cond_consts], *new])[0]
-            return [*new, body.frame.put(now & body.frame.get(again))], []
-
-        *carry, going = self.loop(p["body_jaxpr"], bound, step, [*init, going])[0]
-        if not truncate:
-            inside = [e.params["name"] for e in all_eqns(p["body_jaxpr"]) if is_site(e)]
-            number = self.staged.sites[next((name for name in inside if name != "bound()"), "bound()")].number
-            s, over = self.state, self.frame.get(going) & self.is_active() & (self.state.log_weight > -jnp.inf)
-            self.state = s._replace(faults=s.faults._replace(bound=jnp.where(over, number, s.faults.bound)))
-        return carry
-
     def enter(self, cell: Cell) -> Cell:
         """A value of the enclosing frame, seen from a loop body: it has to follow everything since the loop began."""
         return Cell(cell.value, 0)
 
-    def loop(
-        self,
-        body: Any,
-        length: int,
-        step: Callable[..., tuple[list[Cell], list[Cell]]],
-        carry: list[Cell],
-        *,
-        reverse: bool = False,
-    ) -> tuple[list[Cell], list[Cell]]:
-        """Walk a loop's `body` a fixed number of times, carrying the state. Values that cross the loop follow its genealogy
-        once, after it.
-
-        `step(self, carry, i)` walks one step and returns the carry and the outputs.
-        """
-        self.settle()
-        within = set(sites_inside(body))
-        resamples = self.policy is not None
-        me = index() if resamples else jnp.int32(0)
-        initial = ([jnp.asarray(self.frame.get(c)) for c in carry], me, self.state)
-
-        def one(looping: Any, i: Array) -> tuple[Any, Any]:
-            values, since, self.state = looping
-            self.moved = True  # by the step before, or before the loop
-            at = length - 1 - i if reverse else i
-            with self.inside([since] if resamples else [], (i,)):
-                start = len(self.frame.lineage)
-                part = lambda c: jax.tree.map(lambda x: x[at], c.value)
-                self.given = {k: Cell(part(c), 0) for k, c in self.given.items() if k in within}
-                carried, collected = step(self, [self.frame.put(v) for v in values], i)
-                out = [jnp.asarray(self.frame.get(c)).astype(v.dtype) for c, v in zip(carried, values)]
-                ys, found = [self.frame.get(c) for c in collected], self.recorded()
-                step_map = me
-                for ancestor in self.frame.lineage[start:]:
-                    step_map = reindex(step_map, ancestor)
-            since = reindex(since, step_map) if resamples else since
-            return (out, since, self.state), (ys, found, step_map)
-
-        (values, whole, self.state), (ys, records, maps) = jax.lax.scan(one, initial, jnp.arange(length, dtype=jnp.int32))
-        self.moved = True
-        if resamples:
-            ys, records = follow_back((ys, records), maps, me)
-            self.frame.lineage.append(whole)
-        if reverse:
-            ys, records = jax.tree.map(lambda y: y[::-1], (ys, records))
-        self._merge_records(records)
-        return [self.frame.put(v) for v in values], [self.frame.put(y) for y in ys]
-
-    def _merge_records(self, records: dict[str, tuple[Any, Array]]) -> None:
+    def merge_records(self, records: dict[str, tuple[Any, Array]]) -> None:
         """Take over what a loop or plate recorded; a name met before stands in an exclusive branch."""
         for name, (value, active) in records.items():
             if name in self.records:
@@ -365,16 +277,12 @@ class Interpreter:
                 model_calls=outer.counts.model_calls + counts.model_calls.max()),
             clock=clock.max(),
         )  # fmt: skip
-        self._merge_records(found)
+        self.merge_records(found)
         # deaths inside are already noted there; the sum itself belongs to no one site
         self.state = self.state._replace(log_weight=outer.log_weight + jnp.where(active, log_weight.sum(), 0.0))
         cells = [self.frame.put(o) for o in out]
         self.weights_moved()
         return [self.frame.get(c) for c in cells]
-
-
-def sites_inside(closed: Any) -> list[str]:
-    return [e.params["name"] for e in all_eqns(closed) if is_site(e) and "name" in e.params]
 
 
 def merge_faults(faults: Faults, outer: State) -> Faults:
@@ -390,4 +298,5 @@ def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
     read = {e.params["model"]: e.params["size"] for e in all_eqns(staged.jaxpr) if e.primitive is sites.features_p}
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0), read.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
-    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), jnp.int32(0), index())
+    zero = jnp.int32(0)
+    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index())

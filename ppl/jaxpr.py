@@ -13,6 +13,7 @@ from jax.extend import core
 Jaxpr = core.Jaxpr
 Literal = core.Literal
 DropVar = core.DropVar
+JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
 """Primitives that call one inner jaxpr with the equation's own inputs."""
@@ -32,7 +33,7 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     found = []
     for value in eqn.params.values():
         for v in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(v, (core.ClosedJaxpr, core.Jaxpr)):
+            if isinstance(v, JAXPRS):
                 found.append(v)
     return found
 
@@ -116,6 +117,11 @@ def is_site(eqn: Any) -> bool:
     return isinstance(eqn.primitive, SitePrimitive)
 
 
+def sites_inside(closed: Any) -> list[str]:
+    """Names of the sites of a jaxpr, those of nested ones included."""
+    return [e.params["name"] for e in all_eqns(closed) if is_site(e) and "name" in e.params]
+
+
 class SitePrimitive(core.Primitive):
     """A primitive that inference interprets; it has no meaning of its own to JAX."""
 
@@ -127,7 +133,7 @@ def aval_key(aval: Any) -> tuple:
 
 
 def param_key(value: Any, hoisted: Mapping[int, int]) -> Any:
-    if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
+    if isinstance(value, JAXPRS):
         return structural_key(value, hoisted)
     if isinstance(value, (tuple, list)):
         return tuple(param_key(v, hoisted) for v in value)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .choices import Choices
-from .collectives import reindex
+from .collectives import index, reindex
 from .state import State, total_twist
 
 Array = jax.Array
@@ -19,9 +19,10 @@ class Policy(Protocol):
     inside_texts: bool
     """whether to resample between the tokens of a text too"""
 
-    def __call__(self, choices: Choices, clock: Array, log_weight: Array) -> tuple[Array, Array, Array, Choices]:
-        """Given this particle's log-weight, twists included: whether to resample (bool[], shared), this particle's
-        ancestor (int32[], itself where not), its new log-weight, and the choices."""
+    def __call__(self, choices: Choices, clock: Array, chance: Array, log_weight: Array) -> tuple[Array, Array, Array, Choices]:
+        """Given how often the population could resample before (`chance`, int32[], shared) and this particle's log-weight,
+        twists included: whether to resample (bool[], shared), this particle's ancestor (int32[], itself where not), its new
+        log-weight, and the choices."""
         ...
 
 
@@ -66,11 +67,14 @@ def follow_back(rows: Any, maps: Array, me: Array) -> Any:
 def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Array]:
     """Let the population resample. Caches and `extra` move only when it does; returns this particle's ancestor."""
     twist = total_twist(state)
-    due, ancestor, total, choices = policy(state.choices, state.clock, state.log_weight + twist)
+    due, ancestor, total, choices = policy(state.choices, state.clock, state.chances, state.log_weight + twist)
+    fresh = state.clock != state.asked  # else weights have not moved since, and the same numbers would be drawn again
+    due, ancestor = due & fresh, jnp.where(fresh, ancestor, index())
     move = lambda moved: reindex(moved, ancestor)
     arenas, extra = jax.lax.cond(due, move, lambda moved: moved, (state.arenas, extra))
     log_twists = reindex(state.log_twists, ancestor)
     root = reindex(state.root, ancestor)
-    moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists, root=root)
+    moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists, root=root, asked=state.clock,
+                           chances=state.chances + fresh)  # fmt: skip
     log_weight = jnp.where(due, total - total_twist(moved), state.log_weight)
     return moved._replace(log_weight=log_weight), extra, ancestor

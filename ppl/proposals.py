@@ -51,7 +51,7 @@ class Constraint(Protocol):
     """A set of texts, as an automaton that reads tokens; a pytree, so that its arrays are inputs of the program.
 
     `generate(constraint=...)` conditions the text on every token being allowed where it stands, and proposes allowed
-    tokens only.
+    tokens only. One with `log_potentials` steers inside the text too: see `Potentials`.
     """
 
     def start(self, max_tokens: int) -> Any:
@@ -68,6 +68,30 @@ class Constraint(Protocol):
     def next(self, state: Any, token: Array) -> Any:
         """The state after an allowed token."""
         ...
+
+
+class Potentials(Constraint, Protocol):
+    """A constraint that also says how promising each next token is.
+
+    `generate` draws from the model's logits plus these potentials, the locally optimal proposal, and after each token the
+    site's twist is the token's potential: SMC sees the intermediate target p * psi. The text's end takes the twist back, so
+    that the posterior is p restricted to the mask, whatever the potentials are.
+    """
+
+    def log_potentials(self, state: Any) -> Array:
+        """float32[V], nats: log psi of the text after each possible next token; -inf where it is not allowed.
+
+        The best ones are the log probabilities that a text which goes on like this ends as it should, with 0 for a token
+        that ends it. An allowed token of potential -inf is never drawn: the posterior is `restricted`.
+        """
+        ...
+
+
+def has_potentials(constraint: Any) -> bool:
+    """Whether a constraint, or the structure of one (a pytree definition), has log potentials."""
+    if isinstance(constraint, jax.tree_util.PyTreeDef):
+        constraint = constraint.unflatten([None] * constraint.num_leaves)
+    return hasattr(constraint, "log_potentials")
 
 
 class AllowedTokens(NamedTuple):

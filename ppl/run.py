@@ -1,14 +1,14 @@
 """Running staged programs: one compiled call for all particles, kept for every program of the same structure."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .choices import Choices, Keyed
+from .choices import Choices, Keyed, Retained
 from .collectives import index, over_particles
 from .errors import (
     AllParticlesDeadError,
@@ -19,7 +19,7 @@ from .errors import (
 )
 from .interpreter import Interpreter, first_state
 from .lineage import Policy
-from .sites import flatten, generate_p, sample_p
+from .sites import generate_p, sample_p
 from .staging import Site, Staged, value_sites
 from .state import Counts, Faults
 from .text import Text
@@ -30,16 +30,23 @@ Array = jax.Array
 class Source(Protocol):
     """How a run's choices are made; hashable, since it is compiled in."""
 
-    def choices(self, rng_key: Array, particle: Array) -> Choices:
-        """The choices of particle number `particle` (int32[])."""
+    def choices(self, rng_key: Array, particle: Array, trace: dict[str, Array]) -> Choices:
+        """The choices of particle number `particle` (int32[]); `trace` holds values of random sites, if the run has them."""
         ...
 
 
 class KeyedSource(NamedTuple):
     """Pseudo-random draws."""
 
-    def choices(self, rng_key: Array, particle: Array) -> Choices:
+    def choices(self, rng_key: Array, particle: Array, trace: dict[str, Array]) -> Choices:
         return Keyed(rng_key, particle)
+
+
+class RetainingSource(NamedTuple):
+    """Pseudo-random draws, but particle 0 repeats a trace."""
+
+    def choices(self, rng_key: Array, particle: Array, trace: dict[str, Array]) -> Choices:
+        return Retained(Keyed(rng_key, particle), trace, particle == 0)
 
 
 class Settings(NamedTuple):
@@ -64,43 +71,64 @@ class Output(NamedTuple):
     root: Array
 
 
+class Arrays(NamedTuple):
+    """What a staged program reads, as inputs of the compiled run."""
+
+    inputs: list[Any]
+    consts: list[Any]
+    models: list[list[Any]]
+    """leaves of each model"""
+
+
+def arrays_of(staged: Staged) -> Arrays:
+    return Arrays(staged.inputs, list(staged.consts.values()), [jax.tree.leaves(lm) for lm in staged.models])
+
+
 _compiled: OrderedDict[Any, Any] = OrderedDict()
 MAX_COMPILED = 128
 traced = 0
 """how many runs have been traced in this process; a second run of the same structure and shapes adds none"""
 
 
-def execute(staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: Settings, first: int = 0) -> Output:
-    """Run particles `first`, `first + 1`, ... of a program, compiled once per structure."""
-    arrays = {name: _given_array(staged.sites[name], staged, value) for name, value in given.items()}
-    key = (staged.key(), settings, tuple(sorted(arrays)))
+def compiled(key: Any, make: Callable[[], Any]) -> Any:
+    """The compiled `make()`, kept for every run of the same key."""
     if key not in _compiled:
-        _compiled[key] = jax.jit(_runner(staged, settings))
+        _compiled[key] = jax.jit(make())
         while len(_compiled) > MAX_COMPILED:
             _compiled.popitem(last=False)
     _compiled.move_to_end(key)
-    leaves = [jax.tree.leaves(lm) for lm in staged.models]
-    return _compiled[key](rng_key, jnp.int32(first), staged.inputs, list(staged.consts.values()), leaves, arrays)
+    return _compiled[key]
 
 
-def _runner(staged: Staged, settings: Settings) -> Any:
-    trees = [flatten(lm)[1] for lm in staged.models]
-    ids = list(staged.consts)
+def given_arrays(staged: Staged, given: Mapping[str, Any]) -> dict[str, Array]:
+    """Given values as arrays of their sites' shapes."""
+    return {name: _given_array(staged.sites[name], staged, value) for name, value in given.items()}
+
+
+def execute(staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: Settings, first: int = 0) -> Output:
+    """Run particles `first`, `first + 1`, ... of a program, compiled once per structure."""
+    arrays = given_arrays(staged, given)
+    run = compiled((staged.key(), settings, tuple(sorted(arrays))), lambda: runner(staged, settings))
+    return run(rng_key, jnp.int32(first), arrays_of(staged), arrays, {})  # type: ignore[no-any-return]
+
+
+def runner(staged: Staged, settings: Settings) -> Any:
+    """The function that runs a whole population: of the key, the first particle's number, `Arrays`, the arrays of given
+    values, and a trace for the source."""
     staged = staged.skeleton()
 
-    def run(rng_key: Array, first: Array, inputs: list[Any], consts: list[Any], leaves: list[Any], given: Any) -> Output:
+    def run(rng_key: Array, first: Array, arrays: Arrays, given: dict[str, Array], trace: dict[str, Array]) -> Output:
         global traced
         traced += 1
-        models = [tree.unflatten(x) for tree, x in zip(trees, leaves)]
+        consts = dict(zip(staged.consts, arrays.consts))
+        models = [tree.unflatten(x) for tree, x in zip(staged.trees, arrays.models)]
         progress = None if settings.progress is None else lambda x: jax.debug.callback(settings.progress, x)
 
         def one_particle() -> Output:
-            choices = settings.source.choices(rng_key, first + index())
+            choices = settings.source.choices(rng_key, first + index(), trace)
             state = first_state(staged, models, choices)
-            run = Interpreter(
-                staged, dict(zip(ids, consts)), models, state, given=given, policy=settings.policy, progress=progress
-            )
-            cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in inputs])
+            run = Interpreter(staged, consts, models, state, given=given, policy=settings.policy, progress=progress)
+            cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in arrays.inputs])
             values = {name: run.frame.get(v) for name, (v, _) in run.records.items()}
             active = {name: run.frame.get(a) for name, (_, a) in run.records.items()}
             returned = [jnp.asarray(run.frame.get(c)) for c in cells]
@@ -154,9 +182,8 @@ def _given_array(site: Site, staged: Staged, value: Any) -> Array:
     return jnp.asarray(nested(value if isinstance(value, (str, list, tuple)) else np.asarray(value), site.dims))
 
 
-def check_faults(staged: Staged, output: Output) -> None:
-    """Raise what went wrong in a run, naming the site."""
-    faults, log_weight = output.faults, np.asarray(output.log_weight)
+def check_faults(staged: Staged, faults: Faults, log_weight: np.ndarray) -> None:
+    """Raise what went wrong in a run of particles of these log-weights, naming the site."""
     names = {s.number: s.name for s in staged.sites.values()}
     site = lambda numbers: repr(names[int(np.max(numbers))])
     if (np.asarray(faults.non_finite) >= 0).any():

@@ -11,6 +11,7 @@ from . import numpyro_bridge
 from .errors import SiteError, SiteNameError, near_misses
 from .jaxpr import CALLS, all_eqns, body_of, called_jaxpr, inner_jaxprs, is_site, scan_of, structural_key
 from .language_model import LanguageModel
+from .proposals import has_potentials
 from .sites import (
     CONTEXT_SITES,
     NAMED_SITES,
@@ -72,10 +73,13 @@ class Staged:
     sites: dict[str, Site]
     twists: dict[str, tuple[int, ...]]
     """name and plate axes of every twist"""
+    trees: tuple[Any, ...] = ()
+    """structure of each model, in a skeleton"""
 
     def skeleton(self) -> "Staged":
         """The same without its input arrays and weights, for a compiled run to keep."""
-        return replace(self, inputs=[], consts=dict.fromkeys(self.consts), models=[])
+        trees = self.trees or tuple(flatten(lm)[1] for lm in self.models)
+        return replace(self, inputs=[], consts=dict.fromkeys(self.consts), models=[], trees=trees)
 
     def key(self) -> Any:
         """Equal for programs that one compiled run serves."""
@@ -199,13 +203,18 @@ def _check_names(closed: Any) -> set[str]:
 def _twists(closed: Any, plates: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for eqn in body_of(closed).eqns:
-        if eqn.primitive is twist_p or (eqn.primitive is generate_p and eqn.params["twist"] is not None):
+        if eqn.primitive is twist_p or (eqn.primitive is generate_p and _steers(eqn.params)):
             found[eqn.params["name"]] = plates
         elif not is_site(eqn) or eqn.primitive is plate_p:
             inside = (*plates, eqn.params["size"]) if eqn.primitive is plate_p else plates
             for inner in inner_jaxprs(eqn):
                 found.update(_twists(inner, inside))
     return found
+
+
+def _steers(generate: dict[str, Any]) -> bool:
+    """Whether a `generate` equation with these parameters moves a twist inside its text."""
+    return generate["twist"] is not None or has_potentials(generate["constraint"])
 
 
 def need(closed: Any, *, nested: bool = False) -> Need:

@@ -46,6 +46,10 @@ class State(NamedTuple):
     counts: Counts
     clock: Array
     """int32[]: how often weights have moved, the same for all particles"""
+    asked: Array
+    """int32[]: the clock when the population could last resample"""
+    chances: Array
+    """int32[]: how often it could so far, weights having moved in between"""
     root: Array
     """int32[]: this particle's ancestor at the start of the run"""
 

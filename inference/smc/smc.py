@@ -1,6 +1,6 @@
 """Sequential Monte Carlo: particles are weighted at every site and inside texts, and resampled when weights degenerate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -8,50 +8,85 @@ import jax.numpy as jnp
 
 from latentrace.ppl import collectives
 from latentrace.ppl.choices import Choices
-from latentrace.ppl.errors import SiteError, near_misses
+from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Settings
 
+from ..anytime import Budget, Checkpoint, run_in_segments
 from ..driver import run_particles
 from ..posterior import Posterior
-from .resampling import SCHEMES
+from .resampling import Resampler, scheme_called
+from .triggers import ESSBelow, Trigger
 
 Array = jax.Array
 
 
-class ResampleBelow(NamedTuple):
-    """Resample when the effective sample size falls below `threshold` times the number of particles."""
+class Resample(NamedTuple):
+    """Resample in one way whenever a trigger says so."""
 
-    threshold: float
-    scheme: str
+    when: Trigger
+    resampler: Resampler
     inside_texts: bool
 
-    def __call__(self, choices: Choices, clock: Array, log_weight: Array) -> tuple[Array, Array, Array, Choices]:
+    def __call__(self, choices: Choices, clock: Array, chance: Array, log_weight: Array) -> tuple[Array, Array, Array, Choices]:
         n, me = collectives.size(), collectives.index()
         log_weights = collectives.gather(log_weight)
         total = jax.nn.logsumexp(log_weights)
         alive = total > -jnp.inf
         weights = jnp.where(alive, jnp.exp(log_weights - jnp.where(alive, total, 0.0)), 1 / n)
-        ess = 1 / (weights**2).sum()
-        due = (ess < self.threshold * n) & alive
-        scheme = SCHEMES[self.scheme]
-        uniforms, choices = choices.uniforms(clock, weights, 1 if scheme.single else n)
-        ancestor = jnp.where(due, scheme.ancestors(weights, uniforms)[me], me)
-        # everybody gets the mean weight, so the mean of weights stays an estimate of the evidence
-        return due, ancestor, jnp.where(due, total - jnp.log(n), log_weight), choices
+        due = self.when(chance, weights) & alive
+        uniforms, choices = choices.uniforms(clock, weights, 1 if self.resampler.single else n)
+        after = self.resampler(weights, uniforms)
+        ancestor = jnp.where(due, after.ancestors[me], me)
+        # what weights sum to stays the same, in expectation: their mean remains an estimate of the evidence
+        return due, ancestor, jnp.where(due, total + jnp.log(after.weights[me]), log_weight), choices
+
+
+def run_resampled(
+    rng_key: jax.Array,
+    program: Any,
+    args: tuple[Any, ...],
+    num_particles: int,
+    policy: Resample,
+    progress: bool | None,
+    budget: Budget | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Posterior:
+    """Run a population of `num_particles` that resamples by `policy`: in one call, or in segments if it may be stopped."""
+    make_settings = lambda staged, report: Settings(num_particles, policy=policy, progress=report)
+    if budget is None and checkpoint is None:
+        posterior = run_particles(rng_key, program, args, make_settings, total=num_particles, progress=progress)
+    else:
+        posterior = run_in_segments(
+            rng_key, program, args, make_settings, budget=budget, checkpoint=checkpoint, progress=progress
+        )
+    return replace(posterior, biased=policy.resampler.biased)
+
+
+def check_granularity(algorithm: str, granularity: str) -> None:
+    if granularity not in ("token", "site"):
+        raise SiteError(f"{algorithm}: granularity is 'token' or 'site', not {granularity!r}")
 
 
 @dataclass(frozen=True)
 class SMC:
     """Sequential Monte Carlo with resampling when the effective sample size is low (Del Moral, Doucet and Jasra 2006).
 
-    The estimate of the evidence is unbiased on the natural scale for every threshold.
+    The estimate of the evidence is unbiased on the natural scale for every threshold, every trigger and every way to resample
+    but "ceil_residual", whose posteriors are marked `biased`.
+
+    Twists make it the auxiliary particle filter (Pitt and Shephard 1999): particles are resampled by their weight times
+    exp(twist), and pay the twist back when the next one replaces it. Where draws come from p(x_t | x_{t-1}, y_t) and the twist
+    is the log predictive log p(y_{t+1} | x_t), that is the fully adapted filter, and particles resampled at each step end
+    with equal weights.
 
     Args:
         num_particles: size of the population.
         ess_threshold: resample when ESS < ess_threshold * num_particles; 0 never, above 1 always.
-        resample: "systematic", "ssp", "stratified", "residual" or "multinomial" (`latentrace.inference.smc.resampling`).
+        resample: "systematic", "ssp", "stratified", "residual" or "multinomial", which all leave equal weights; the biased
+            "ceil_residual"; or a `Resampler` such as `inference.smc.Tempered(0.5)`.
         granularity: "token" resamples inside texts too, after each token whose weight can move (a constraint, a proposal
             or a twist of its own); "site" only between sites.
+        when: a `Trigger` in place of the threshold, such as `inference.smc.EveryK(10)`.
 
     >>> import jax, numpyro.distributions as dist
     >>> from latentrace import inference, ppl
@@ -69,25 +104,34 @@ class SMC:
 
     num_particles: int
     ess_threshold: float = 0.5
-    resample: str = "systematic"
+    resample: str | Resampler = "systematic"
     granularity: Literal["token", "site"] = "token"
+    when: Trigger | None = None
 
     def __post_init__(self) -> None:
         if self.num_particles < 1:
             raise SiteError(f"SMC: num_particles must be at least 1, not {self.num_particles}")
-        if self.resample not in SCHEMES:
-            raise SiteError(f"SMC: no resampling scheme {self.resample!r}; {near_misses(self.resample, SCHEMES)}")
-        if self.granularity not in ("token", "site"):
-            raise SiteError(f"SMC: granularity is 'token' or 'site', not {self.granularity!r}")
+        check_granularity("SMC", self.granularity)
+        self.policy()
 
-    def run(self, rng_key: jax.Array, program: Any, *args: Any, progress: bool | None = None) -> Posterior:
-        """Run on a program; `progress` shows a bar (by default on a terminal or in a notebook, after a few seconds)."""
-        policy = ResampleBelow(self.ess_threshold, self.resample, self.granularity == "token")
-        return run_particles(
-            rng_key,
-            program,
-            args,
-            lambda staged, report: Settings(self.num_particles, policy=policy, progress=report),
-            total=self.num_particles,
-            progress=progress,
-        )
+    def policy(self) -> Resample:
+        """When and how it resamples."""
+        resampler = scheme_called(self.resample) if isinstance(self.resample, str) else self.resample
+        return Resample(self.when or ESSBelow(self.ess_threshold), resampler, self.granularity == "token")
+
+    def run(
+        self,
+        rng_key: jax.Array,
+        program: Any,
+        *args: Any,
+        progress: bool | None = None,
+        budget: Budget | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> Posterior:
+        """Run on a program; `progress` shows a bar (by default on a terminal or in a notebook, after a few seconds).
+
+        With a `budget` or a `checkpoint` the run is cut after each text at the program's top level and each step of its
+        top-level loops. There it stops when the budget is spent or at Ctrl-C, and returns the posterior so far (see
+        `Posterior.stopped`), and from there a checkpoint goes on. The particles are those of the run in one call.
+        """
+        return run_resampled(rng_key, program, args, self.num_particles, self.policy(), progress, budget, checkpoint)

@@ -7,6 +7,7 @@ Most tokens do the same in every state of an automaton, so tables are over *clas
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class TokenAutomaton:
     after: Array
     """int16 or int32[Q, C]: the state after a token of each class, -1 where it is not allowed"""
     class_of: Array
-    """int16 or int32[V]: the class of each token"""
+    """uint8, int16 or int32[V]: the class of each token; EOS has one of its own"""
     distance: Array
     """int32[Q]: fewest tokens from a state to an accepting one"""
     eos_id: int = field(metadata={"static": True})
@@ -69,12 +70,73 @@ class TokenAutomaton:
         number, left = state
         after = self.after[number].astype(jnp.int32)
         in_reach = (after >= 0) & (self.distance[after] < left)
-        return in_reach[self.class_of].at[self.eos_id].set(self.distance[number] == 0)
+        in_reach = in_reach.at[self.class_of[self.eos_id]].set(self.distance[number] == 0)
+        return jax.lax.optimization_barrier(in_reach)[self.class_of]  # once for each class, not for each token
 
     def next(self, state: tuple[Array, Array], token: Array) -> tuple[Array, Array]:
         """The state after an allowed token."""
         number, left = state
         return self.after[number, self.class_of[token]].astype(jnp.int32), left - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class WeightedAutomaton:
+    """An automaton whose states have potentials: it allows what the automaton allows, and steers inside the text."""
+
+    automaton: TokenAutomaton
+    log_psi: Array
+    """float32[Q], nats"""
+
+    def start(self, max_tokens: int) -> tuple[Array, Array]:
+        return self.automaton.start(max_tokens)
+
+    def mask(self, state: tuple[Array, Array]) -> Array:
+        return self.automaton.mask(state)
+
+    def log_potentials(self, state: tuple[Array, Array]) -> Array:
+        """float32[V]: that of the state after each token; 0 for a token that ends the text, which promises nothing more."""
+        number, left = state
+        after = self.automaton.after[number]
+        by_class = jnp.where((left > 1) & (after >= 0), self.log_psi[after], 0.0)  # EOS leads nowhere
+        return jnp.where(self.mask(state), jax.lax.optimization_barrier(by_class)[self.automaton.class_of], -jnp.inf)
+
+    def next(self, state: tuple[Array, Array], token: Array) -> tuple[Array, Array]:
+        return self.automaton.next(state, token)
+
+
+def weighted(automaton: TokenAutomaton, log_psi: Any) -> WeightedAutomaton:
+    """The constraint `automaton`, with a potential for each of its states, by which `generate` steers inside the text.
+
+    `log_psi` (float[Q], nats) says how promising a text is that stands in state q; an ended text has 0. Good potentials
+    guess the log probability that the text will be accepted and liked. They change the proposal and what SMC resamples
+    by, never the posterior. States are those of the `ByteAutomaton` that the constraint was made of, or, where there are
+    more, of its tables, which are padded.
+
+    Raises `SiteError` for another shape, and for potentials that are NaN or infinite.
+
+    >>> from latentrace import models
+    >>> lm = models.load("reasoner")
+    >>> numbers = regex(lm, "[0-9]+(?:-[0-9]+)*")
+    >>> near_the_end_first = weighted(numbers, -0.5 * numbers.distance)
+    >>> state = numbers.next(numbers.start(5), lm.encode("7")[0])
+    >>> near_the_end_first.log_potentials(state)[jnp.array(lm.encode("1-"))].tolist()
+    [-0.0, -0.5]
+    """
+    states = automaton.after.shape[0]
+    log_psi = jnp.asarray(log_psi, jnp.float32)
+    if log_psi.ndim != 1 or log_psi.size > states:
+        raise ConstraintError(
+            f"weighted: expected one log potential for each of the {states} states of {automaton.about.description} or for its "
+            f"first few, found shape {list(log_psi.shape)}"
+        )
+    if not isinstance(log_psi, jax.core.Tracer) and not jnp.isfinite(log_psi).all():
+        wrong = int(jnp.argmin(jnp.isfinite(log_psi)))
+        raise ConstraintError(
+            f"weighted: the log potential of state {wrong} is {log_psi[wrong]}; potentials are finite, and what must not be is "
+            "left to the automaton"
+        )
+    return WeightedAutomaton(automaton, jnp.pad(log_psi, (0, states - log_psi.size)))
 
 
 def regex(lm: LanguageModel, pattern: str) -> TokenAutomaton:
@@ -102,7 +164,7 @@ def words(lm: LanguageModel, choices: Iterable[str]) -> TokenAutomaton:
 
 def automaton(lm: LanguageModel, machine: ByteAutomaton, description: str = "the automaton") -> TokenAutomaton:
     """The constraint of a deterministic automaton over bytes, for the tokens of a model."""
-    after, class_of = token_table(machine.next, lm.token_bytes())
+    after, class_of = token_table(machine.next, lm.token_bytes(), lm.eos_id)
     distance = distances(after, machine.accepting)
     if distance[0] >= NEVER:
         raise ConstraintError(f"{description} cannot be spelled with this model's {len(class_of)} tokens")
@@ -111,14 +173,18 @@ def automaton(lm: LanguageModel, machine: ByteAutomaton, description: str = "the
     more = (max(16, 1 << (states - 1).bit_length()) - states, -classes % 32)
     after = np.pad(after, [(0, n) for n in more], constant_values=-1)
     distance = np.pad(distance, (0, more[0]), constant_values=NEVER)
-    small = lambda x: jnp.asarray(x, np.int16 if x.max() < 2**15 else np.int32)
-    return TokenAutomaton(small(after), small(class_of), jnp.asarray(distance), lm.eos_id, About(description, shortest))
+    small = np.int16 if states < 2**15 else np.int32
+    with jax.ensure_compile_time_eval():  # constants, in a program too
+        few = np.uint8 if after.shape[1] <= 2**8 else np.int16 if after.shape[1] < 2**15 else np.int32
+        tables = jnp.asarray(after, small), jnp.asarray(class_of, few), jnp.asarray(distance)
+    return TokenAutomaton(*tables, lm.eos_id, About(description, shortest))
 
 
-def token_table(table: np.ndarray, spellings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+def token_table(table: np.ndarray, spellings: list[bytes], eos_id: int) -> tuple[np.ndarray, np.ndarray]:
     """States after tokens by class, int32[Q, C], and the class of each token, int32[V].
 
-    `table` int32[Q, 256] holds the states after bytes, -1 where none follows. Tokens without bytes are never allowed.
+    `table` int32[Q, 256] holds the states after bytes, -1 where none follows. Tokens without bytes are never allowed; nor is
+    EOS, which has the last class for itself.
     """
     count = len(table)
     padded = np.vstack([table, np.full((1, 256), -1)]).astype(np.int16 if count < 2**15 else np.int32)  # row -1 stays -1
@@ -137,7 +203,8 @@ def token_table(table: np.ndarray, spellings: list[bytes]) -> tuple[np.ndarray, 
             state[going] = padded[state[going], letters[going, place, None]]
         for i, column in zip(chunk, state):
             class_of[i] = columns.setdefault(column.tobytes(), len(columns))
-    after = np.stack([np.frombuffer(column, padded.dtype) for column in columns], axis=1)
+    class_of[eos_id] = len(columns)
+    after = np.stack([np.frombuffer(column, padded.dtype) for column in [*columns, next(iter(columns))]], axis=1)
     return after.astype(np.int32), class_of
 
 

@@ -114,5 +114,19 @@ def test_smc_that_resamples_between_sites(problem):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("staged_once")
+@problems(of_third=True)
+def test_smc_that_tempers(problem):
+    check_sampler(problem, inference.SMC(PARTICLES, ess_threshold=0.9, resample=inference.smc.Tempered(0.6)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("staged_once")
+@problems(of_third=True)
+def test_smc_steering(problem):
+    check_sampler(problem, inference.SMCSteering(PARTICLES // 4, branches=4))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("staged_once")
 def test_importance_sampling(problem):
     check_sampler(problem, inference.ImportanceSampling(PARTICLES))

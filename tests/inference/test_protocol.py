@@ -23,6 +23,8 @@ ALGORITHMS = {
     "SMC": inference.SMC(N),
     "SMC that never resamples": inference.SMC(N, ess_threshold=0.0),
     "SMC that always resamples": inference.SMC(N, ess_threshold=1.1, granularity="site"),
+    "SMC that tempers every other time": inference.SMC(N, resample=inference.smc.Tempered(0.6), when=inference.smc.EveryK(2)),
+    "SMCSteering": inference.SMCSteering(N // 3, branches=3),
 }
 
 

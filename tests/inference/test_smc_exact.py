@@ -16,8 +16,10 @@ import pytest
 
 from latentrace import inference, ppl
 from latentrace.inference.smc.resampling import SCHEMES
-from latentrace.inference.smc.smc import ResampleBelow
+from latentrace.inference.smc.smc import Resample
+from latentrace.inference.smc.triggers import ESSBelow
 from latentrace.ppl.collectives import PARTICLES, index
+from latentrace.ppl.constraints import compile_regex
 from latentrace.ppl.interpreter import Interpreter, first_state
 from latentrace.ppl.staging import stage
 
@@ -98,7 +100,7 @@ def estimated_measure(
     consts = {name: jnp.asarray(array) for name, array in staged.consts.items()}
 
     def one_world(threshold, world):
-        policy = ResampleBelow(threshold, scheme, inside_texts)
+        policy = Resample(ESSBelow(threshold), SCHEMES[scheme], inside_texts)
 
         def one_particle(_):
             zero = jnp.float32(0)
@@ -189,6 +191,84 @@ def text_density(path):
     return a, b
 
 
+class Steered(NamedTuple):
+    """A constraint with potentials of its own, at the last token too, and one that rules out what the mask allows."""
+
+    masks: Any
+    log_psi: Any
+
+    def start(self, max_tokens):
+        return jnp.int32(0), jnp.int32(0)
+
+    def mask(self, state):
+        return self.masks[state[0]]
+
+    def log_potentials(self, state):
+        step, before = state
+        return jnp.where(self.mask(state), self.log_psi[step, before], -jnp.inf)
+
+    def next(self, state, token):
+        return state[0] + 1, token.astype(jnp.int32)
+
+
+MASKS = np.array([[True, True, True], [True, False, True]])
+LOG_PSI = np.array([1.6, -1.1, 0.3, -0.6, 0.8, 2.1, -1.9, 0.2, 0.7, 1.3, -0.4, 0.9, -2.2, 0.1, 1.2, 0.6, -0.3, 0.5])
+
+
+def potentials():
+    """A text with potentials, a proposal and a twist, and one after it."""
+    x, context = ppl.generate(
+        "x",
+        ppl.prompt(LM),
+        max_tokens=2,
+        constraint=Steered(jnp.asarray(MASKS), jnp.asarray(LOG_PSI).reshape(2, V, V)),
+        proposal=ppl.proposals.temperature(1.3),
+        twist=lambda t: jnp.asarray(PROMISE)[t.length - 1, t.tokens[t.length - 1]],
+    )
+    y, _ = ppl.generate("y", context, max_tokens=1)
+    ppl.factor("reward", jnp.asarray(REWARD)[x.tokens].sum() + 0.5 * y.tokens[0])
+    return jnp.concatenate([x.tokens, y.tokens])
+
+
+def potentials_density(path):
+    text = path.text(LM, (), 2)
+    allowed = all(MASKS[i, token] for i, token in enumerate(text))
+    x = programs.padded(text, 2, EOS)
+    y = path.text(LM, text, 1)[0] if EOS not in text else EOS
+    path.weigh(np.exp(REWARD[list(x)].sum() + 0.5 * y) * allowed)
+    return *x, y
+
+
+AUTOMATON = compile_regex("b(?:a|bb?)?|a[ab]b?")
+STATE_LOG_PSI = np.array([0.0, -0.9, 1.4, 0.8, -1.7])
+
+
+def weighted_automaton():
+    """A text that an automaton accepts, with potentials for its states."""
+    constraint = ppl.constraints.weighted(ppl.constraints.automaton(LM, AUTOMATON), STATE_LOG_PSI)
+    return ppl.generate("x", ppl.prompt(LM), max_tokens=3, constraint=constraint)[0].tokens
+
+
+def weighted_automaton_density(path):
+    text = path.text(LM, (), 3)
+    state = 0
+    for token in text:
+        if token != EOS:
+            state = AUTOMATON.next[state, b"ab"[token]] if state >= 0 else -1
+    path.weigh(state >= 0 and AUTOMATON.accepting[state])
+    return programs.padded(text, 3, EOS)
+
+
+GUIDE = programs.hmm(2, V, eos_id=EOS, seed=6)
+
+
+def guided():
+    """The same, steered by a hidden Markov model that writes otherwise than the language model does."""
+    automaton = ppl.constraints.automaton(LM, AUTOMATON)
+    constraint = ppl.constraints.lookahead(automaton, GUIDE, max_tokens=3)
+    return ppl.generate("x", ppl.prompt(LM), max_tokens=3, constraint=constraint)[0].tokens
+
+
 LOGITS = np.array([0.3, -0.9, 0.5])
 
 
@@ -229,6 +309,10 @@ CASES = {
     "loop": (loop, loop_density, V**2, 5, True),
     "text": (text, text_density, V**2, 5, True),
     "text, resampled at sites": (text, text_density, V**2, 4, False),
+    "potentials": (potentials, potentials_density, V**3, 4, True),
+    "potentials, resampled at sites": (potentials, potentials_density, V**3, 3, False),
+    "weighted automaton": (weighted_automaton, weighted_automaton_density, V**3, 4, True),
+    "guided": (guided, weighted_automaton_density, V**3, 4, True),
     "branches": (branches, branches_density, 3 * V * 2, 4, True),
 }
 
@@ -246,8 +330,9 @@ def test_expected_weighted_measure_is_the_target(case):
             assert abs(error) < 1e-5 * evidence, (threshold, trace, error)
 
 
+UNBIASED = [name for name, scheme in SCHEMES.items() if not scheme.biased]
 QUICK = ("multinomial", "text, resampled at sites")
-OTHERS = [(scheme, case) for scheme in SCHEMES if scheme != "systematic" for case in ("loop", "text", "branches")]
+OTHERS = [(scheme, case) for scheme in UNBIASED if scheme != "systematic" for case in ("loop", "text", "branches")]
 
 
 @pytest.mark.parametrize(("scheme", "case"), [QUICK, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)])
@@ -262,7 +347,7 @@ def test_every_scheme_keeps_the_expected_measure(scheme, case):
             assert abs(error) < 1e-5 * sum(target.values()), (trace, error)
 
 
-@pytest.mark.parametrize("case", ["loop", "text", "branches"])
+@pytest.mark.parametrize("case", ["loop", "text", "potentials", "weighted automaton", "branches"])
 def test_exact_inference_has_the_target(case):
     program, density, *_ = CASES[case]
     target = programs.measure(programs.paths(density))

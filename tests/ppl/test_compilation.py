@@ -162,10 +162,9 @@ def peak_memory(num_particles: int, prompt: int) -> int:
     ids = [1] * prompt
     fn = ppl.program(lambda: ppl.generate("x", ppl.prompt(lm, ids), max_tokens=4, twist=lambda t: 0.1 * t.length)[0].tokens)
     staged = stage(fn, ())
-    policy = importlib.import_module("latentrace.inference.smc.smc").ResampleBelow(1.1, "systematic", True)
-    call = jax.jit(run._runner(staged, run.Settings(num_particles, policy=policy)))
-    leaves = [jax.tree.leaves(m) for m in staged.models]
-    args = (jax.random.key(0), jnp.int32(0), staged.inputs, list(staged.consts.values()), leaves, {})
+    policy = inference.SMC(num_particles, ess_threshold=1.1).policy()
+    call = jax.jit(run.runner(staged, run.Settings(num_particles, policy=policy)))
+    args = (jax.random.key(0), jnp.int32(0), run.arrays_of(staged), {}, {})
     memory = call.lower(*args).compile().memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 

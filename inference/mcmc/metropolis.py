@@ -1,0 +1,47 @@
+"""Metropolis-Hastings moves of `sample` sites, with the rest of the trace as it is."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..chains import Draw, Info, Target, added
+from .proposals import ValueProposal
+
+Array = jax.Array
+
+
+class MetropolisState(NamedTuple):
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class Metropolis:
+    """A kernel: propose new values of some sites, and accept them with the probability of Hastings (1970), equation 2.
+
+    Each step evaluates the density of two traces, one pass through the language model for each text of them.
+    """
+
+    proposal: ValueProposal
+    num_particles: int = 1
+
+    def move(self, target: Target, rng_key: Array, draw: Draw) -> tuple[Draw, Info]:
+        """The draw after one step."""
+        propose_key, accept_key = jax.random.split(rng_key)
+        values = target.choices(draw)
+        moved, log_ratio = self.proposal.propose(propose_key, {name: values[name] for name in self.proposal.sites})
+        now, log_now, info = target.evaluate(values)
+        then, log_then, more = target.evaluate({**values, **moved})
+        accept = accepts(accept_key, log_then - log_now + log_ratio)
+        return choose(accept, then, now), added(info, more._replace(accepted=accept.astype(jnp.float32)))
+
+
+def accepts(rng_key: Array, log_ratio: Array) -> Array:
+    """bool[]: true with probability min(1, exp(log_ratio)); never for NaN."""
+    return jnp.log1p(-jax.random.uniform(rng_key)) < log_ratio
+
+
+def choose(accept: Array, then: Draw, now: Draw) -> Draw:
+    """`then` if accepted, else `now`."""
+    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), then, now)

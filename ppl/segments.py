@@ -1,0 +1,344 @@
+"""Runs in segments: the same run as one compiled call, cut where a host may stop it, save it, and go on.
+
+A program is cut after each text at its top level, and into the steps of its top-level loops. What crosses a cut is a
+`Boundary`; what particles share, such as a prompt's cache, stays shared.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import loops
+from .arena import Prompt
+from .collectives import index, over_particles_from
+from .interpreter import Interpreter, first_state
+from .jaxpr import DropVar, Literal, body_of, inner_jaxprs, is_site, sites_inside
+from .loops import Collected, Looping
+from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays
+from .sites import generate_p
+from .staging import Staged, walks_into
+from .state import State, total_twist
+
+Array = jax.Array
+
+
+class Segment(NamedTuple):
+    """Top-level equations `start` to `stop`, left out; a loop is one by itself."""
+
+    start: int
+    stop: int
+    is_loop: bool
+
+
+def segments(staged: Staged) -> tuple[Segment, ...]:
+    """Where a program is cut."""
+    found, start = [], 0
+    eqns = body_of(staged.jaxpr).eqns
+    for i, eqn in enumerate(eqns):
+        is_loop = eqn.primitive.name in ("scan", "while") and walks_into(eqn)
+        if is_loop:
+            if start < i:
+                found.append(Segment(start, i, False))
+            found.append(Segment(i, i + 1, True))
+            start = i + 1
+        elif eqn.primitive is generate_p:
+            found.append(Segment(start, i + 1, False))
+            start = i + 1
+    if start < len(eqns) or not found:
+        found.append(Segment(start, len(eqns), False))
+    return tuple(found)
+
+
+class Carried(NamedTuple):
+    """What one particle carries over a cut."""
+
+    env: list[Any]
+    """values of `live` variables"""
+    records: dict[str, tuple[Any, Any]]
+    prompts: dict[int, list[Prompt]]
+    state: State
+    loop: Any = None
+    """in a loop, whose start `env` is from: carry and `since` of `Looping`; None elsewhere"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Boundary:
+    """What all particles carry over a cut."""
+
+    leaves: list[Array]
+    tree: Any = field(metadata={"static": True})
+    axes: tuple[int | None, ...] = field(metadata={"static": True})
+    """0 for leaves with a leading axis of particles, None for those that particles share"""
+
+    def value(self) -> Any:
+        """The leaves in their places."""
+        return self.tree.unflatten(self.leaves)
+
+    def whole(self, num_particles: int) -> Any:
+        """The same, every leaf with a leading axis of particles."""
+        return self.widened((0,) * len(self.leaves), num_particles).value()
+
+    def widened(self, axes: tuple[int | None, ...], num_particles: int) -> "Boundary":
+        """The same, where leaves that `axes` gives to each particle are no longer shared."""
+        repeat = lambda x: jnp.broadcast_to(x[None], (num_particles, *x.shape))
+        wide = [repeat(x) if a == 0 and b is None else x for x, a, b in zip(self.leaves, axes, self.axes)]
+        return replace(self, leaves=wide, axes=tuple(0 if 0 in (a, b) else None for a, b in zip(axes, self.axes)))
+
+
+def live(jaxpr: Any, at: int) -> list[Any]:
+    """The variables that equations before number `at` define, or that are inputs, and that are read from there on."""
+    defined = [*jaxpr.invars, *(v for eqn in jaxpr.eqns[:at] for v in eqn.outvars if not isinstance(v, DropVar))]
+    reads = [a for eqn in jaxpr.eqns[at:] for a in eqn.invars] + list(jaxpr.outvars)
+    read = {a for a in reads if not isinstance(a, Literal)}
+    return [v for v in defined if v in read]
+
+
+class Setting(NamedTuple):
+    """What every part of a segmented run is compiled from."""
+
+    staged: Staged
+    """a skeleton"""
+    settings: Settings
+    arrays: Arrays
+    given: dict[str, Array]
+
+    def interpreter(self, carried: Carried, at: int) -> tuple[Interpreter, dict[Any, Any]]:
+        """An interpreter that goes on from a cut before equation `at`, and its variables."""
+        consts = dict(zip(self.staged.consts, self.arrays.consts))
+        models = [tree.unflatten(x) for tree, x in zip(self.staged.trees, self.arrays.models)]
+        callback = self.settings.progress
+        progress = None if callback is None else lambda x: jax.debug.callback(callback, x)
+        run = Interpreter(
+            self.staged, consts, models, carried.state, given=self.given, policy=self.settings.policy, progress=progress
+        )
+        put = run.frame.put
+        run.records = {name: (put(value), put(active)) for name, (value, active) in carried.records.items()}
+        run.prompts = {m: [put(p) for p in blocks] for m, blocks in carried.prompts.items()}
+        run.moved = True
+        env = run.constants(self.staged.jaxpr)
+        env.update(zip(live(body_of(self.staged.jaxpr), at), map(put, carried.env)))
+        return run, env
+
+    def loop(self, carried: Carried, at: int) -> tuple[Interpreter, dict[Any, Any], loops.Loop]:
+        """The same, and the loop that equation `at` is."""
+        run, env = self.interpreter(carried, at)
+        eqn = body_of(self.staged.jaxpr).eqns[at]
+        loop = loops.enter(run, eqn, [run.read(env, a) for a in eqn.invars])
+        run.settle()
+        return run, env, loop
+
+    def pause(self, run: Interpreter, env: dict[Any, Any], at: int, loop: Any = None) -> Carried:
+        """What crosses a cut before equation `at`."""
+        values = [run.frame.get(env[v]) for v in live(body_of(self.staged.jaxpr), at)]
+        prompts = {m: run.read_prompts(m) for m in run.prompts}
+        return Carried(values, run.recorded(), prompts, run.state, loop)
+
+    def over(self, boundary: Boundary, fn: Callable[..., Any], *more: Any) -> Boundary:
+        """`fn` of what each particle carries, and of `more`, which has a leading axis of particles."""
+        trees: list[Any] = []
+        extra, extra_tree = jax.tree.flatten(more)
+        count = len(boundary.leaves)
+
+        def one_particle(*leaves: Array) -> list[Array]:
+            carried, others = boundary.tree.unflatten(leaves[:count]), jax.tree.unflatten(extra_tree, leaves[count:])
+            out, tree = jax.tree.flatten(fn(carried, *others))
+            trees[:] = [tree]
+            return out
+
+        axes = (*boundary.axes, *[0] * len(extra))
+        leaves, axes = over_particles_from(one_particle, self.settings.num_particles, [*boundary.leaves, *extra], axes)
+        return Boundary(leaves, trees[0], axes)
+
+
+def _looping(carried: Carried) -> Looping:
+    carry, since = carried.loop
+    return Looping(carry, since, carried.state)
+
+
+# --- the parts, each compiled by itself -------------------------------------------------------------------------------
+
+
+def begin(setting: Setting, rng_key: Array) -> Boundary:
+    """Before the first equation."""
+
+    def one_particle(_: Any) -> Carried:
+        models = [tree.unflatten(x) for tree, x in zip(setting.staged.trees, setting.arrays.models)]
+        state = first_state(setting.staged, models, setting.settings.source.choices(rng_key, index(), {}))
+        jaxpr = body_of(setting.staged.jaxpr)
+        values = dict(zip(jaxpr.invars, setting.arrays.inputs))
+        return Carried([values[v] for v in live(jaxpr, 0)], {}, {m: [] for m in range(len(models))}, state)
+
+    return setting.over(Boundary([], jax.tree.structure(None), ()), one_particle)
+
+
+def straight(setting: Setting, boundary: Boundary, start: int, stop: int) -> Boundary:
+    """Equations `start` to `stop`."""
+
+    def one_particle(carried: Carried) -> Carried:
+        run, env = setting.interpreter(carried, start)
+        run.walk_equations(body_of(setting.staged.jaxpr).eqns[start:stop], env)
+        return setting.pause(run, env, stop)
+
+    return setting.over(boundary, one_particle)
+
+
+def enter(setting: Setting, boundary: Boundary, at: int) -> Boundary:
+    """Before the first step of a loop."""
+
+    def one_particle(carried: Carried) -> Carried:
+        run, env, loop = setting.loop(carried, at)
+        looping = loops.start(run, loop)
+        return setting.pause(run, env, at, (looping.carry, looping.since))
+
+    return setting.over(boundary, one_particle)
+
+
+def step(setting: Setting, boundary: Boundary, i: Array, at: int) -> tuple[Boundary, Collected]:
+    """One step of a loop; what it leaves behind has a leading axis of particles."""
+
+    def one_particle(carried: Carried) -> tuple[Carried, Collected]:
+        run, _, loop = setting.loop(carried, at)
+        looping, collected = loops.one_step(run, loop, _looping(carried), i)
+        return carried._replace(state=looping.state, loop=(looping.carry, looping.since)), collected
+
+    both = setting.over(boundary, one_particle)
+    (_, collected), (carried_axes, _) = both.whole(setting.settings.num_particles), both.tree.unflatten(both.axes)
+    carried, tree = jax.tree.flatten(both.value()[0])
+    axes = jax.tree.leaves(carried_axes, is_leaf=lambda x: x is None)
+    return Boundary(carried, tree, tuple(axes)), collected
+
+
+def leave(setting: Setting, boundary: Boundary, collected: Collected, at: int) -> Boundary:
+    """After a loop, of whose steps `collected` [N, length, ...] is left."""
+
+    def one_particle(carried: Carried, collected: Collected) -> Carried:
+        run, env, loop = setting.loop(carried, at)
+        outputs = loops.leave(run, loop, _looping(carried), collected)
+        env.update((v, o) for v, o in zip(body_of(setting.staged.jaxpr).eqns[at].outvars, outputs))
+        return setting.pause(run, env, at + 1)
+
+    return setting.over(boundary, one_particle, collected)
+
+
+def cut(setting: Setting, boundary: Boundary, collected: Collected, at: int) -> Boundary:
+    """In a loop that is not done: what was recorded so far, the steps to come being inactive."""
+
+    def one_particle(carried: Carried, collected: Collected) -> Carried:
+        run, _, loop = setting.loop(carried, at)
+        loops.gather(run, loop, _looping(carried), collected)
+        return Carried([], run.recorded(), {}, run.state)
+
+    return setting.over(boundary, one_particle, collected)
+
+
+def output(setting: Setting, boundary: Boundary, complete: bool) -> Output:
+    """What a run brings back; weights of one that is not complete are for the target with its twists."""
+
+    def one_particle(carried: Carried) -> Output:
+        values = {name: value for name, (value, _) in carried.records.items()}
+        active = {name: active for name, (_, active) in carried.records.items()}
+        state, returned = carried.state, []
+        if complete:
+            run, env = setting.interpreter(carried, len(body_of(setting.staged.jaxpr).eqns))
+            returned = [jnp.asarray(run.frame.get(run.read(env, a))) for a in body_of(setting.staged.jaxpr).outvars]
+        log_weight = state.log_weight if complete else state.log_weight + total_twist(state)
+        return Output(returned, values, active, log_weight, state.faults, state.counts, state.root)
+
+    return setting.over(boundary, one_particle).whole(setting.settings.num_particles)  # type: ignore[no-any-return]
+
+
+class SegmentedRun:
+    """A run that the host drives: `advance` until `done`. It gives the same particles as the run in one call."""
+
+    def __init__(self, staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: Settings, abstract: bool = False):
+        """With `abstract`, nothing is computed but shapes."""
+        self.staged, self.settings, self.abstract = staged, settings, abstract
+        self.arrays, self.given = arrays_of(staged), given_arrays(staged, given)
+        self.segments = segments(staged)
+        self.segment = 0
+        self.collected: list[Collected] = []
+        self.boundary: Boundary = self._call(begin, rng_key)
+
+    def _call(self, part: Callable[..., Any], *operands: Any, **static: int) -> Any:
+        skeleton, settings = self.staged.skeleton(), self.settings
+        key = (self.staged.key(), settings, tuple(sorted(self.given)), part, tuple(static.items()))
+        make = lambda: lambda arrays, given, *x: part(Setting(skeleton, settings, arrays, given), *x, **static)
+        return self._compute(compiled(key, make), self.arrays, self.given, *operands)
+
+    def _compute(self, fn: Callable[..., Any], *operands: Any) -> Any:
+        return jax.eval_shape(fn, *operands) if self.abstract else fn(*operands)
+
+    @property
+    def done(self) -> bool:
+        return self.segment == len(self.segments)
+
+    @property
+    def length(self) -> int:
+        """How many steps the loop has that is under way."""
+        return loops.length_of(body_of(self.staged.jaxpr).eqns[self.segments[self.segment].start])
+
+    @property
+    def tokens(self) -> int:
+        """generated so far"""
+        return int(self.boundary.value().state.counts.generated.sum())
+
+    @property
+    def place(self) -> str:
+        """Where the run stands."""
+        if self.done:
+            return "the end"
+        segment = self.segments[self.segment]
+        names = [name for e in body_of(self.staged.jaxpr).eqns[segment.start : segment.stop] for name in names_in(e)]
+        site = next((f"site {name!r}" for name in names if not name.endswith("()")), "the end")
+        return f"step {len(self.collected)} of {self.length} of the loop of {site}" if segment.is_loop else site
+
+    def advance(self) -> None:
+        """Run up to the next cut."""
+        segment = self.segments[self.segment]
+        if not segment.is_loop:
+            self.boundary = self._call(straight, self.boundary, start=segment.start, stop=segment.stop)
+            self.segment += 1
+            return
+        at = segment.start
+        if self.boundary.value().loop is None:
+            self.boundary = self._settled(self._call(enter, self.boundary, at=at), at)
+        if len(self.collected) < self.length:
+            number = jnp.int32(len(self.collected))
+            self.boundary, found = self._call(step, self.boundary, number, at=at)
+            self.collected.append(found)
+        if len(self.collected) == self.length:
+            self.boundary = self._call(leave, self.boundary, self._stacked(self.collected), at=at)
+            self.segment, self.collected = self.segment + 1, []
+
+    def _settled(self, boundary: Boundary, at: int) -> Boundary:
+        """What a loop makes different between particles differs from the first step on: one program serves all steps."""
+        while True:
+            after, _ = jax.eval_shape(lambda b: self._call(step, b, jnp.int32(0), at=at), boundary)
+            axes = after.axes
+            wide = self._compute(lambda b, axes=axes: b.widened(axes, self.settings.num_particles), boundary)
+            if wide.axes == boundary.axes:
+                return boundary
+            boundary = wide
+
+    def output(self) -> Output:
+        """The population as it stands."""
+        boundary = self.boundary
+        if self.collected:
+            missing = self.length - len(self.collected)
+            blank = jax.tree.map(jnp.zeros_like, self.collected[-1])._replace(moved=jnp.arange(self.settings.num_particles))
+            at = self.segments[self.segment].start
+            boundary = self._call(cut, boundary, self._stacked([*self.collected, *[blank] * missing]), at=at)
+        return self._call(output, boundary, complete=self.done)  # type: ignore[no-any-return]
+
+    def _stacked(self, steps: list[Collected]) -> Collected:
+        return self._compute(lambda steps: jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *steps), steps)  # type: ignore[no-any-return]
+
+
+def names_in(eqn: Any) -> list[str]:
+    """Names of the sites of an equation and of those inside it."""
+    own = [eqn.params["name"]] if is_site(eqn) and "name" in eqn.params else []
+    return own + [name for inner in inner_jaxprs(eqn) for name in sites_inside(inner)]

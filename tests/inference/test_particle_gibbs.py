@@ -1,0 +1,248 @@
+"""Conditional SMC leaves the posterior invariant: its own random choices are enumerated, without Monte Carlo error.
+
+For every retained trace the sum over worlds of P(world) gives a row of the kernel's transition matrix K; pi K must be pi.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import programs
+import pytest
+
+from latentrace import inference, ppl
+from latentrace.inference import chains
+from latentrace.inference.chains import Target, draw_of
+from latentrace.inference.mcmc import RandomWalk
+from latentrace.inference.smc.conditional import CONDITIONAL_SCHEMES
+from latentrace.inference.smc.smc import Resample
+from latentrace.inference.smc.triggers import ESSBelow
+from latentrace.ppl import errors
+from latentrace.ppl.choices import Retained
+from latentrace.ppl.collectives import PARTICLES, index
+from latentrace.ppl.interpreter import Interpreter, first_state
+from latentrace.ppl.run import RetainingSource, Settings, arrays_of
+from latentrace.ppl.staging import stage
+
+from . import control_flow_cases, language_cases  # noqa: F401  (they fill the table)
+from . import test_smc_exact as unconditional
+from .cases import CASES
+
+N, V, EOS = 2, 3, 2
+
+
+class World(unconditional.World):
+    """The choices of the free particle, and of resamplings given the retained one."""
+
+    def uniforms(self, clock, weights, count):
+        w = weights[0]
+        whole = jnp.floor(2 * w)
+        # two particles: place 1 draws its ancestor, or the number of place 0's offspring is drawn by size
+        cut = w if count == 2 else (2 * w - whole) * (whole + 1) / jnp.maximum(2 * w, 1e-30)
+        second = self.shared % 2
+        chance = jnp.where(second == 1, 1 - cut, cut)
+        u = jnp.where(second == 1, (cut + 1) / 2, cut / 2)
+        paid = self.log_p_shared + jnp.log(chance)
+        return jnp.full(count, u), self._replace(shared=self.shared // 2, log_p_shared=paid)
+
+
+def kernel(program, retained, own: int, shared: int, inside_texts: bool, threshold: float, scheme: str):
+    """For each retained trace (leading axis), P(world) of every world, and weight and trace of both particles there."""
+    staged = stage(ppl.program(program), ())
+    consts = {name: jnp.asarray(array) for name, array in staged.consts.items()}
+    policy = Resample(ESSBelow(threshold), CONDITIONAL_SCHEMES[scheme], inside_texts)
+
+    def one_world(trace, world):
+        def one_particle(_):
+            zero, mine = jnp.float32(0), index() == 0
+            drawn = World(jnp.where(mine, 0, world % own), world // own, zero, zero)
+            state = first_state(staged, staged.models, Retained(drawn, trace, mine))
+            run = Interpreter(staged, consts, staged.models, state, policy=policy)
+            cells = run.walk(staged.jaxpr, [])
+            return jnp.asarray(run.frame.get(cells[0])), run.state.log_weight, run.state.choices.drawn
+
+        traces, log_weight, choices = jax.vmap(one_particle, axis_name=PARTICLES)(jnp.zeros(N))
+        spent = (choices.own[1] == 0) & (choices.shared[1] == 0)  # else this world repeats one with fewer digits
+        log_p = jnp.where(spent, choices.log_p_own[1] + choices.log_p_shared[1], -jnp.inf)
+        return jnp.exp(log_p), jax.nn.softmax(log_weight), traces
+
+    worlds = jnp.arange(own * 2**shared)
+    return jax.jit(jax.vmap(lambda trace: jax.vmap(one_world, (None, 0))(trace, worlds)))(retained)
+
+
+def text():
+    """A text whose weights move after each token, and more after it."""
+    promise = jnp.asarray(unconditional.PROMISE)
+    twist = lambda t: promise[t.length - 1, t.tokens[t.length - 1]]
+    proposal = ppl.proposals.temperature(1.7)
+    x, _ = ppl.generate("x", ppl.prompt(unconditional.LM), max_tokens=2, proposal=proposal, twist=twist)
+    ppl.factor("reward", jnp.asarray(unconditional.REWARD)[x.tokens].sum())
+    ppl.condition("not b and b", (x.tokens[0] != 1) | (x.tokens[1] != 1))
+    return x.tokens
+
+
+def text_density(path):
+    a, b = programs.padded(path.text(unconditional.LM, (), 2), 2, EOS)
+    path.weigh(np.exp(unconditional.REWARD[a] + unconditional.REWARD[b]) * (not a == b == 1))
+    return a, b
+
+
+# program, density, outcomes of a particle's draws, resamplings, whether inside texts, trace from what is returned
+KERNELS = {
+    "loop": (*unconditional.CASES["loop"], lambda x: {"x": x[:, :, None]}),
+    "text": (text, text_density, V**2, 2, True, lambda x: {"x": x}),
+    "branches": (*unconditional.CASES["branches"], lambda x: {"k": x[:, 0], "x": x[:, 1:], "b": x[:, 1]}),
+}
+
+
+@pytest.mark.parametrize("scheme", ["multinomial", "systematic"])
+@pytest.mark.parametrize("threshold", [0.8, 1.1])
+@pytest.mark.parametrize("case", KERNELS)
+def test_the_posterior_is_invariant(case, threshold, scheme):
+    program, density, own, shared, inside_texts, split = KERNELS[case]
+    target = {x: p for x, p in programs.measure(programs.paths(density)).items() if p > 0}
+    names = list(target)
+    posterior = np.array([target[x] for x in names]) / sum(target.values())
+    retained = {k: jnp.asarray(v, jnp.int32) for k, v in split(np.array(names)).items()}
+    p, weight, traces = (
+        np.asarray(x, np.float64) for x in kernel(program, retained, own, shared, inside_texts, threshold, scheme)
+    )
+    transition = np.zeros((len(names), len(names)))
+    for i in range(len(names)):
+        np.testing.assert_allclose(p[i].sum(), 1.0, atol=1e-5)
+        for k in range(N):
+            number = [
+                names.index(tuple(x)) if w > 0 else 0 for x, w in zip(traces[i, :, k].astype(int).tolist(), weight[i, :, k])
+            ]
+            np.add.at(transition[i], number, p[i] * weight[i, :, k])
+    np.testing.assert_allclose(transition.sum(1), 1.0, atol=1e-5)
+    assert (transition > 0).sum() > len(names), "the chain moves"
+    np.testing.assert_allclose(posterior @ transition, posterior, atol=2e-6)
+
+
+REPEATED = [
+    "reverse scan over data",
+    "jit in scan in cond in while",
+    "plate in scan with scan inside",
+    "plate of texts from one context",
+]
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_the_retained_particle_repeats_its_trace(name):
+    """In loops in either direction, branches and plates, and through resampling."""
+    target = target_of(CASES[name].program)
+    policy = inference.SMC(8, ess_threshold=0.9, resample="multinomial").policy()
+    first = target.population(jax.random.key(0), Settings(8, policy=policy))
+    draw = draw_of(first, jnp.argmax(first.log_weight))
+    policy = policy._replace(resampler=CONDITIONAL_SCHEMES["multinomial"])
+    second = target.population(jax.random.key(2), Settings(8, RetainingSource(), policy), trace=target.choices(draw))
+    jax.tree.map(np.testing.assert_array_equal, draw_of(second, jnp.int32(0)), draw)
+    others = jax.tree.leaves(jax.tree.map(lambda x: (x[1:] != x[0]).any(), second.values))
+    assert any(others), "the others draw"
+
+
+def target_of(program):
+    staged = stage(program, ())
+    return Target(staged.skeleton(), arrays_of(staged), {})
+
+
+@ppl.program
+def drifting(ys):
+    """A random walk with unknown drift and scale, seen through noise: its posterior is known by quadrature below."""
+    drift = ppl.sample("drift", dist.Normal(0.5, 1.0))
+
+    def step(x, y):
+        x = ppl.sample("x", dist.Normal(x + drift, 1.0))
+        ppl.observe("y", dist.Normal(x, 0.5), y)
+        return x, x
+
+    return jax.lax.scan(step, 0.0, ys)[1]
+
+
+YS = np.array([0.4, -0.3, 1.2, 2.9], np.float32)
+
+
+def drift_posterior():
+    """Mean and variance of the drift and of each x: all is jointly normal."""
+    n = len(YS)
+    # x_t = t * drift + a sum of t steps
+    times = np.arange(1, n + 1)
+    walk = np.minimum.outer(times, times).astype(float)
+    mean = np.append(0.5, 0.5 * times)
+    covariance = np.block([[np.ones((1, 1)), times[None, :]], [times[:, None], np.outer(times, times) + walk]])
+    seen = covariance[1:, 1:] + 0.25 * np.eye(n)
+    gain = np.linalg.solve(seen, covariance[1:]).T
+    return mean + gain @ (YS - mean[1:]), np.diag(covariance - gain @ covariance[1:])
+
+
+SAMPLERS = {
+    "iterated conditional SMC": inference.ParticleGibbs(16, 1500, num_warmup=20),
+    "systematic": inference.ParticleGibbs(16, 1500, num_warmup=20, resample="systematic", ess_threshold=1.1),
+    "particle Gibbs": inference.ParticleGibbs(8, 1500, RandomWalk(drift=0.6), num_warmup=20, num_chains=2),
+    "PMMH": inference.PMMH(RandomWalk(drift=0.9), inference.SMC(16), 1500, num_warmup=20),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_moments_of_a_linear_gaussian_program(name):
+    posterior = SAMPLERS[name].run(jax.random.key(1), drifting, YS)
+    mean, variance = drift_posterior()
+    draws = np.concatenate([posterior.values["drift"][:, None], posterior.values["x"]], axis=1)
+    squares = (draws - mean) ** 2
+    for i in range(len(mean)):
+        error = posterior.error(draws[:, i])
+        assert 0 < error < 0.1, "too noisy for the test to tell anything"
+        assert abs(draws[:, i].mean() - mean[i]) < 5 * error
+        assert abs(squares[:, i].mean() - variance[i]) < 5 * posterior.error(squares[:, i])
+
+
+def test_texts_and_words_of_a_chain():
+    """A chain over texts: what it says agrees with enumeration, and its table has errors."""
+    exact = inference.Exact().run(jax.random.key(0), text)
+    posterior = inference.ParticleGibbs(8, 1500).run(jax.random.key(2), text)
+    truth = {row.value: row.probability for row in exact.marginal("x")}
+    for row in posterior.marginal("x").top(3):
+        assert 0 < row.error < 0.05
+        assert abs(row.probability - truth[row.value]) < 5 * row.error
+    assert posterior.chains == 1
+    assert "1500 draws of 1 chain" in repr(posterior)
+    assert posterior.ledger.tokens_generated > 1500
+    with pytest.raises(ValueError, match="SMC and importance sampling do"):
+        posterior.log_evidence  # noqa: B018
+
+
+def test_bad_input():
+    with pytest.raises(errors.SiteError, match="at least 2"):
+        inference.ParticleGibbs(1, 10)
+    with pytest.raises(errors.SiteError, match=r"no conditional resampling 'sistematic'.*systematic"):
+        inference.ParticleGibbs(4, 10, resample="sistematic")
+    with pytest.raises(errors.SiteError, match="must be positive"):
+        RandomWalk(drift=0.0)
+    with pytest.raises(errors.SiteError, match="at least one site"):
+        RandomWalk()
+    with pytest.raises(errors.SiteNameError, match="'drfit' to move: did you mean 'drift'"):
+        inference.ParticleGibbs(4, 10, RandomWalk(drfit=1.0)).run(jax.random.key(0), drifting, YS)
+    with pytest.raises(errors.SiteError, match="'ceil_residual' is biased"):
+        inference.PMMH(RandomWalk(x=1.0), inference.SMC(4, resample="ceil_residual"), 10)
+    impossible = ppl.program(lambda: ppl.condition("never", ppl.sample("x", dist.Bernoulli(0.5)) > 1))
+    with pytest.raises(errors.AllParticlesDeadError, match="'never'"):
+        inference.ParticleGibbs(4, 10).run(jax.random.key(0), impossible)
+    with pytest.raises(errors.AllParticlesDeadError, match="'never'"):
+        inference.PMMH(RandomWalk(x=1.0), inference.SMC(4), 10).run(jax.random.key(0), impossible)
+
+
+def test_an_interrupt_keeps_the_draws_so_far(monkeypatch):
+    count = 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        if count > 7:
+            raise KeyboardInterrupt
+        return check(*args)
+
+    check = chains.check
+    monkeypatch.setattr(chains, "check", lambda staged, info, start=False: interrupted(staged, info, start))
+    posterior = inference.ParticleGibbs(4, 100).run(jax.random.key(0), drifting, YS)
+    assert posterior.values["drift"].shape == (6,)
