@@ -24,8 +24,8 @@ def countdown(
     Returns the lines and the numbers that remain, int32[K] and -1, which are all -1 after a wrong step.
 
     `puzzle` is a text such as "4 6 8 10" (make 24) or "4 6 8 10=32". With `checks` of "steps" a wrong step kills a
-    particle at once, with "end" the verifier sees whole traces only, with "none" whoever reads the result does. A process
-    reward steers in between and cancels.
+    particle at once, with "end" the verifier sees whole traces only. There a process reward steers in between and cancels.
+    With "none" it takes the verifier's place: the posterior is the model's, times the process reward of every line.
     """
     numbers, target = check_puzzle(puzzle)
     goal = jnp.array([target])  # an array is an input of the compiled program, where a number would be part of it
@@ -38,7 +38,8 @@ def countdown(
         if checks == "steps":
             ppl.condition("right step", right)
         if reward is not None:
-            ppl.twist("promise", reward.log_prob(ppl.features(context)))
+            judge = ppl.factor if checks == "none" else ppl.twist
+            judge("promise", reward.log_prob(ppl.features(context)))
         return (context, remaining), line
 
     start = (context, verifier.puzzle_state(numbers))
