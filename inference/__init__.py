@@ -2,6 +2,7 @@
 
 from . import mcmc, smc
 from .anytime import Budget, Checkpoint
+from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
 from .importance import ImportanceSampling
 from .posterior import Ledger, Marginal, Posterior
@@ -20,5 +21,7 @@ __all__ = [
     "Posterior",
     "SMCSteering",
     "mcmc",
+    "simulation_based_calibration",
     "smc",
+    "tarp",
 ]

@@ -13,6 +13,7 @@ from latentrace.ppl.program import as_program
 from latentrace.ppl.run import Output, Settings, check_faults, execute, label_values
 from latentrace.ppl.staging import Staged, check_given, stage
 
+from .genealogy import Genealogy
 from .posterior import Ledger, Posterior
 
 
@@ -93,6 +94,7 @@ def finish(
     check_faults(staged, output.faults, np.asarray(output.log_weight))
     counts, n = output.counts, len(output.log_weight)
     generated = int(counts.generated.sum())
+    kept = output.resamplings
     ledger = Ledger(
         tokens_generated=generated,
         tokens_scored=int(counts.scored.sum()),
@@ -111,4 +113,5 @@ def finish(
         roots=np.asarray(output.root),
         restricted=bool(np.asarray(output.faults.restricted).any()),
         stopped=stopped,
+        resamplings=None if kept is None else Genealogy.of(kept, np.asarray(output.log_weight) > -np.inf),
     )

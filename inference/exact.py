@@ -39,6 +39,8 @@ class Layout(NamedTuple):
                 if p["name"] not in self.given:
                     found += self._site(eqn)
             elif eqn.primitive is plate_p:
+                if p["nested"]:
+                    raise NotEnumerableError("`ppl.nested` estimates by sampling; to enumerate, call its function in its place")
                 times = p["size"]
             elif eqn.primitive.name == "scan" and holds_sites(eqn):
                 times = scan_of(eqn).length

@@ -12,6 +12,9 @@ from scipy.special import logsumexp
 from latentrace.ppl import Text
 from latentrace.ppl.errors import SiteNameError, near_misses
 
+from .genealogy import Genealogy
+from .text_tree import TextTree, tree_of
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -128,6 +131,8 @@ class Posterior:
     """of how many Markov chains of equal length the traces are the draws, chain after chain; None where they are none"""
     biased: bool = False
     """whether the algorithm resampled by a scheme that is biased by name: no estimate, nor the evidence, is then unbiased"""
+    resamplings: Genealogy | None = field(default=None, repr=False)
+    """what `genealogy` gives; None where an algorithm keeps none"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", Values(self.values))
@@ -222,6 +227,22 @@ class Posterior:
         log_weights = np.full(n, 0.0 if self.chains else self.log_evidence, np.float32)
         return Posterior(take(self.values), take(self.returned), log_weights, self.ledger, take(self.active),
                          restricted=self.restricted, biased=self.biased)  # fmt: skip
+
+    @property
+    def genealogy(self) -> Genealogy:
+        """The resamplings of an SMC run; `ValueError` for algorithms without a population, and where none were kept."""
+        if self.resamplings is None:
+            raise ValueError("this posterior has no genealogy: it comes with runs of SMC, unless with generations=0")
+        return self.resamplings
+
+    def tree(self, *sites: str, most: int = 12) -> TextTree:
+        """The texts of some sites, trace by trace, as a tree of what they share; the `most` probable ones.
+
+        A site in a loop is read step by step, together with those named next to it that have as many steps.
+        """
+        if not sites:
+            raise SiteNameError(f"tree: name the sites whose texts to show, of {', '.join(self.values)}")
+        return tree_of({name: self.values[name] for name in sites}, self.active, self.weights, most)
 
     def to_arviz(self) -> Any:
         """The posterior for ArviZ: N equal-weight draws, resampled by us, with the weighted particles beside them.

@@ -4,7 +4,7 @@ from . import constraints, errors, proposals
 from .language_model import Block, LanguageModel, Memory
 from .program import Program, Trace, program
 from .proposals import AllowedTokens, Constraint
-from .sites import bound, condition, deterministic, factor, observe, sample, scope, twist, vmap
+from .sites import bound, condition, deterministic, factor, nested, observe, sample, scope, twist, vmap
 from .text import Context, Text, extend, features, generate, prompt, score, tokens
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "factor",
     "features",
     "generate",
+    "nested",
     "observe",
     "program",
     "prompt",

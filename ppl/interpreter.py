@@ -16,7 +16,7 @@ from . import decode, rules, sites
 from .arena import Prompt, new_arena, with_level
 from .choices import SiteRef
 from .collectives import PARTICLES, index
-from .errors import TransformationError
+from .errors import SiteError, TransformationError
 from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, sites_inside
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
@@ -237,13 +237,19 @@ class Interpreter:
                 value, active = jax.tree.map(pick, value, before), active | was_active
             self.records[name] = self.frame.put(value), self.frame.put(active)
 
-    def plate(self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str) -> list[Any]:
-        """Walk the body for each element under a `vmap` of its own; their weights add up."""
+    def plate(
+        self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str, nested: bool = False
+    ) -> list[Any]:
+        """Walk the body for each element under a `vmap` of its own; their weights add up, or are returned if `nested`."""
         values = [self.frame.get(c) for c in inputs]
         axis, outer, wants = f"plate{len(self.axes)}", self.state, need(jaxpr, nested=True)
         inside = set(sites_inside(jaxpr))
         twists = {k: v for k, v in outer.log_twists.items() if k in inside}
         given = {k: self.frame.get(c) for k, c in self.given.items() if k in inside}
+        if nested and given:
+            raise SiteError(
+                f"site {next(iter(given))!r} is inside `ppl.nested` and cannot be given: an estimate has no density"
+            )
         active, prompts = self.is_active(), {m: self.read_prompts(m) for m in self.prompts}
 
         def element(i: Array, values: list[Any], twists: Any, given: Any) -> Any:
@@ -271,13 +277,15 @@ class Interpreter:
         )(jnp.arange(size, dtype=jnp.int32), values, twists, given)
         self.state = outer._replace(
             choices=outer.choices.leave_plate(size, jaxpr),
-            log_twists={**outer.log_twists, **twists},
+            log_twists=outer.log_twists if nested else {**outer.log_twists, **twists},
             faults=merge_faults(faults, outer),
             counts=jax.tree.map(lambda new, old: old + new.sum(), counts, outer.counts)._replace(
                 model_calls=outer.counts.model_calls + counts.model_calls.max()),
             clock=clock.max(),
         )  # fmt: skip
         self.merge_records(found)
+        if nested:  # for `ppl.nested` to pay
+            return [*out, log_weight]
         # deaths inside are already noted there; the sum itself belongs to no one site
         self.state = self.state._replace(log_weight=outer.log_weight + jnp.where(active, log_weight.sum(), 0.0))
         cells = [self.frame.put(o) for o in out]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .choices import Choices
 from .collectives import index, reindex
-from .state import State, total_twist
+from .state import Resamplings, State, total_twist
 
 Array = jax.Array
 
@@ -74,7 +74,28 @@ def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Arra
     arenas, extra = jax.lax.cond(due, move, lambda moved: moved, (state.arenas, extra))
     log_twists = reindex(state.log_twists, ancestor)
     root = reindex(state.root, ancestor)
+    resamplings = noted(state.resamplings, due, ancestor, state.clock)
     moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists, root=root, asked=state.clock,
-                           chances=state.chances + fresh)  # fmt: skip
+                           chances=state.chances + fresh, resamplings=resamplings)  # fmt: skip
     log_weight = jnp.where(due, total - total_twist(moved), state.log_weight)
     return moved._replace(log_weight=log_weight), extra, ancestor
+
+
+def remembering(state: State, generations: int) -> State:
+    """A first state that keeps the latest `generations` resamplings; none where that is 0."""
+    if generations == 0:
+        return state
+    nobody_moved = jnp.broadcast_to(index(), generations)
+    return state._replace(resamplings=Resamplings(nobody_moved, jnp.zeros(generations, jnp.int32), jnp.int32(0), index()))
+
+
+def noted(kept: Resamplings | None, due: Array, ancestor: Array, clock: Array) -> Resamplings | None:
+    """The resamplings with one more, where it was due. One slot is written: what is kept costs the same however much it is."""
+    if kept is None:
+        return None
+    capacity = kept.ancestors.shape[0]
+    slot = kept.total % capacity
+    oldest = kept.ancestors[slot]  # gives its slot to the new one, once all are taken
+    before = jnp.where(due & (kept.total >= capacity), reindex(kept.before, oldest), kept.before)
+    write = lambda old, new: old.at[slot].set(jnp.where(due, new, old[slot]))
+    return Resamplings(write(kept.ancestors, ancestor), write(kept.clocks, clock), kept.total + due, before)

@@ -18,10 +18,10 @@ from .errors import (
     SiteError,
 )
 from .interpreter import Interpreter, first_state
-from .lineage import Policy
+from .lineage import Policy, remembering
 from .sites import generate_p, sample_p
 from .staging import Site, Staged, value_sites
-from .state import Counts, Faults
+from .state import Counts, Faults, Resamplings
 from .text import Text
 
 Array = jax.Array
@@ -57,6 +57,8 @@ class Settings(NamedTuple):
     policy: Policy | None = None
     progress: Any = None
     """a host function of one number, called as the run goes on"""
+    generations: int = 0
+    """how many of the latest resamplings to keep"""
 
 
 class Output(NamedTuple):
@@ -69,6 +71,7 @@ class Output(NamedTuple):
     faults: Faults
     counts: Counts
     root: Array
+    resamplings: Resamplings | None = None
 
 
 class Arrays(NamedTuple):
@@ -126,15 +129,15 @@ def runner(staged: Staged, settings: Settings) -> Any:
 
         def one_particle() -> Output:
             choices = settings.source.choices(rng_key, first + index(), trace)
-            state = first_state(staged, models, choices)
+            state = remembering(first_state(staged, models, choices), settings.generations)
             run = Interpreter(staged, consts, models, state, given=given, policy=settings.policy, progress=progress)
             cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in arrays.inputs])
             values = {name: run.frame.get(v) for name, (v, _) in run.records.items()}
             active = {name: run.frame.get(a) for name, (_, a) in run.records.items()}
             returned = [jnp.asarray(run.frame.get(c)) for c in cells]
-            return Output(
-                returned, values, active, run.state.log_weight, run.state.faults, run.state.counts, first + run.state.root
-            )
+            s = run.state
+            root = first + s.root
+            return Output(returned, values, active, s.log_weight, s.faults, s.counts, root, s.resamplings)
 
         return over_particles(one_particle, settings.num_particles)
 

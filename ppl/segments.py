@@ -16,6 +16,7 @@ from .arena import Prompt
 from .collectives import index, over_particles_from
 from .interpreter import Interpreter, first_state
 from .jaxpr import DropVar, Literal, body_of, inner_jaxprs, is_site, sites_inside
+from .lineage import remembering
 from .loops import Collected, Looping
 from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays
 from .sites import generate_p
@@ -168,6 +169,7 @@ def begin(setting: Setting, rng_key: Array) -> Boundary:
     def one_particle(_: Any) -> Carried:
         models = [tree.unflatten(x) for tree, x in zip(setting.staged.trees, setting.arrays.models)]
         state = first_state(setting.staged, models, setting.settings.source.choices(rng_key, index(), {}))
+        state = remembering(state, setting.settings.generations)
         jaxpr = body_of(setting.staged.jaxpr)
         values = dict(zip(jaxpr.invars, setting.arrays.inputs))
         return Carried([values[v] for v in live(jaxpr, 0)], {}, {m: [] for m in range(len(models))}, state)
@@ -206,10 +208,9 @@ def step(setting: Setting, boundary: Boundary, i: Array, at: int) -> tuple[Bound
         return carried._replace(state=looping.state, loop=(looping.carry, looping.since)), collected
 
     both = setting.over(boundary, one_particle)
-    (_, collected), (carried_axes, _) = both.whole(setting.settings.num_particles), both.tree.unflatten(both.axes)
+    _, collected = both.whole(setting.settings.num_particles)
     carried, tree = jax.tree.flatten(both.value()[0])
-    axes = jax.tree.leaves(carried_axes, is_leaf=lambda x: x is None)
-    return Boundary(carried, tree, tuple(axes)), collected
+    return Boundary(carried, tree, both.axes[: len(carried)]), collected
 
 
 def leave(setting: Setting, boundary: Boundary, collected: Collected, at: int) -> Boundary:
@@ -246,7 +247,7 @@ def output(setting: Setting, boundary: Boundary, complete: bool) -> Output:
             run, env = setting.interpreter(carried, len(body_of(setting.staged.jaxpr).eqns))
             returned = [jnp.asarray(run.frame.get(run.read(env, a))) for a in body_of(setting.staged.jaxpr).outvars]
         log_weight = state.log_weight if complete else state.log_weight + total_twist(state)
-        return Output(returned, values, active, log_weight, state.faults, state.counts, state.root)
+        return Output(returned, values, active, log_weight, state.faults, state.counts, state.root, state.resamplings)
 
     return setting.over(boundary, one_particle).whole(setting.settings.num_particles)  # type: ignore[no-any-return]
 

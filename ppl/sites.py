@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching
+from numpyro.distributions import Categorical
 
 from .errors import SiteError, TransformationError
 from .jaxpr import SitePrimitive, all_eqns, is_site
@@ -134,7 +135,14 @@ score_p = _primitive("score", lambda handle, tokens, **_: [HANDLE])
 tokens_p = _primitive("tokens", lambda handle, last, **_: [_aval((last,), "int32"), _aval((), "int32")])
 features_p = _primitive("features", lambda handle, size, **_: [_aval((size,), "float32")])
 generate_p = _primitive("generate", lambda *operands, max_tokens, **_: [*_text_avals(max_tokens), HANDLE])
-plate_p = _primitive("plate", lambda *operands, size, jaxpr, **_: [_aval((size, *a.shape), a.dtype) for a in jaxpr.out_avals])
+
+
+def _plate_avals(*operands: Any, size: int, jaxpr: Any, nested: bool = False, **_: Any) -> list[Any]:
+    weights = [_aval((size,), jnp.float32)] if nested else []
+    return [_aval((size, *a.shape), a.dtype) for a in jaxpr.out_avals] + weights
+
+
+plate_p = _primitive("plate", _plate_avals)
 
 CONTEXT_SITES = (prompt_p, extend_p, score_p, generate_p)
 """Sites that make a new context."""
@@ -305,13 +313,49 @@ def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = No
         (n,) = sizes
         if n == 0:
             raise SiteError("ppl.vmap: the mapped axes are empty; a plate has at least one element")
-        element = [jax.tree.map(lambda x: jnp.asarray(x)[0], arg) if a == 0 else arg for a, arg in zip(axes, args)]
-        closed, consts, tree = hoist(fn, *element)
-        if "Context" in str(tree):
-            raise SiteError("ppl.vmap: a context cannot leave the plate that it was made in; return its text instead")
-        flat = [(jnp.asarray(x), a) for arg, a in zip(args, axes) for x in jax.tree.leaves(arg)]
-        flags = tuple([False] * len(consts) + [a == 0 for _, a in flat])
-        out = plate_p.bind(*consts, *[x for x, _ in flat], jaxpr=closed, size=n, mapped=flags, name="vmap()")
-        return tree.unflatten(out)
+        return _plate(fn, args, axes, n, "ppl.vmap")[0]
 
     return mapped
+
+
+def nested(name: str, fn: Callable[..., Any], *, num_samples: int) -> Callable[..., Any]:
+    """`fn` with its own importance sampler: one draw of what it returns, from its posterior, and its evidence as a weight.
+
+    For each particle the sites of `fn` run `num_samples` times. The log-weight grows by the log of the mean of their weights,
+    an unbiased estimate of the evidence of `fn`, and the result of one, drawn by weight, is returned. So the program means the
+    same as with `fn` called in its place, for any number of samples (random-weight and nested sequential Monte Carlo:
+    Fearnhead, Papaspiliopoulos, Roberts and Stuart 2010; Naesseth, Lindsten and Schon 2015): use it to average over what a
+    reward depends on, such as ways to finish a text.
+
+    Site `name` is the number of the sample that was drawn; values of the sites in `fn` have the samples as leading axis. They
+    cannot be given or enumerated: an estimate has no density. Contexts do not leave `fn`. Where every sample has weight 0,
+    so has the particle.
+
+        reward = ppl.nested("rollouts", lambda: finish(context), num_samples=8)()
+    """
+    if num_samples < 1:
+        raise SiteError(f"nested {name!r}: num_samples must be at least 1, not {num_samples}")
+
+    def estimated(*args: Any) -> Any:
+        out, (log_weights,) = _plate(fn, args, [None] * len(args), num_samples, f"nested {name!r}", nested=True)
+        log_mean = jax.nn.logsumexp(log_weights) - np.log(num_samples)
+        alive = log_mean > -jnp.inf
+        which = sample(name, Categorical(logits=jnp.where(alive, log_weights, 0.0)))
+        factor(f"{name} evidence", log_mean)
+        return jax.tree.map(lambda x: x[which], out)
+
+    return estimated
+
+
+def _plate(fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, nested: bool = False) -> tuple[Any, list[Array]]:
+    """`fn` for each of `n` elements, and their log-weights float32[n] where they are `nested`."""
+    element = [jax.tree.map(lambda x: jnp.asarray(x)[0], arg) if a == 0 else arg for a, arg in zip(axes, args)]
+    closed, consts, tree = hoist(fn, *element)
+    if "Context" in str(tree):
+        raise SiteError(f"{what}: a context cannot leave the plate that it was made in; return its text instead")
+    flat = [(jnp.asarray(x), a) for arg, a in zip(args, axes) for x in jax.tree.leaves(arg)]
+    flags = tuple([False] * len(consts) + [a == 0 for _, a in flat])
+    operands = (*consts, *[x for x, _ in flat])
+    out = plate_p.bind(*operands, jaxpr=closed, size=n, mapped=flags, name="vmap()", nested=nested)
+    count = len(closed.out_avals)
+    return tree.unflatten(out[:count]), out[count:]

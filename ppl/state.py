@@ -35,6 +35,19 @@ class Counts(NamedTuple):
     potentials: Array
 
 
+class Resamplings(NamedTuple):
+    """The latest C resamplings of the population: number r is in slot r % C, and those before them are kept as one map."""
+
+    ancestors: Array
+    """int32[C]: this place's ancestor in each. It belongs to the place and never moves"""
+    clocks: Array
+    """int32[C]: the clock at each, the same for all particles"""
+    total: Array
+    """int32[]: how many there were, merged ones included, the same for all particles"""
+    before: Array
+    """int32[]: the ancestor at the start of the run of whoever had this place before the oldest one kept"""
+
+
 class State(NamedTuple):
     choices: Choices
     log_weight: Array
@@ -52,6 +65,8 @@ class State(NamedTuple):
     """int32[]: how often it could so far, weights having moved in between"""
     root: Array
     """int32[]: this particle's ancestor at the start of the run"""
+    resamplings: Resamplings | None = None
+    """None where nobody asks for them"""
 
 
 def with_arena(state: State, model: int, arena: Arena) -> State:

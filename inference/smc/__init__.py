@@ -1,5 +1,6 @@
 """Sequential Monte Carlo."""
 
+from .bounds import Bounds, evidence_bounds
 from .conditional import ParticleGibbs
 from .pmmh import PMMH
 from .resampling import Resampler, Tempered
@@ -7,4 +8,17 @@ from .smc import SMC
 from .steering import Branching, SMCSteering
 from .triggers import ESSBelow, EveryK, Trigger
 
-__all__ = ["PMMH", "SMC", "Branching", "ESSBelow", "EveryK", "ParticleGibbs", "Resampler", "SMCSteering", "Tempered", "Trigger"]
+__all__ = [
+    "PMMH",
+    "SMC",
+    "Bounds",
+    "Branching",
+    "ESSBelow",
+    "EveryK",
+    "ParticleGibbs",
+    "Resampler",
+    "SMCSteering",
+    "Tempered",
+    "Trigger",
+    "evidence_bounds",
+]

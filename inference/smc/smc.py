@@ -19,6 +19,9 @@ from .triggers import ESSBelow, Trigger
 
 Array = jax.Array
 
+GENERATIONS = 64
+"""how many of the latest resamplings a run keeps"""
+
 
 class Resample(NamedTuple):
     """Resample in one way whenever a trigger says so."""
@@ -50,9 +53,10 @@ def run_resampled(
     progress: bool | None,
     budget: Budget | None = None,
     checkpoint: Checkpoint | None = None,
+    generations: int = GENERATIONS,
 ) -> Posterior:
     """Run a population of `num_particles` that resamples by `policy`: in one call, or in segments if it may be stopped."""
-    make_settings = lambda staged, report: Settings(num_particles, policy=policy, progress=report)
+    make_settings = lambda staged, report: Settings(num_particles, policy=policy, progress=report, generations=generations)
     if budget is None and checkpoint is None:
         posterior = run_particles(rng_key, program, args, make_settings, total=num_particles, progress=progress)
     else:
@@ -87,6 +91,8 @@ class SMC:
         granularity: "token" resamples inside texts too, after each token whose weight can move (a constraint, a proposal
             or a twist of its own); "site" only between sites.
         when: a `Trigger` in place of the threshold, such as `inference.smc.EveryK(10)`.
+        generations: how many of the latest resamplings `Posterior.genealogy` shows one by one; earlier ones are merged into one
+            map. 0 keeps none.
 
     >>> import jax, numpyro.distributions as dist
     >>> from latentrace import inference, ppl
@@ -107,10 +113,13 @@ class SMC:
     resample: str | Resampler = "systematic"
     granularity: Literal["token", "site"] = "token"
     when: Trigger | None = None
+    generations: int = GENERATIONS
 
     def __post_init__(self) -> None:
         if self.num_particles < 1:
             raise SiteError(f"SMC: num_particles must be at least 1, not {self.num_particles}")
+        if self.generations < 0:
+            raise SiteError(f"SMC: generations must be at least 0, not {self.generations}")
         check_granularity("SMC", self.granularity)
         self.policy()
 
@@ -134,4 +143,6 @@ class SMC:
         top-level loops. There it stops when the budget is spent or at Ctrl-C, and returns the posterior so far (see
         `Posterior.stopped`), and from there a checkpoint goes on. The particles are those of the run in one call.
         """
-        return run_resampled(rng_key, program, args, self.num_particles, self.policy(), progress, budget, checkpoint)
+        return run_resampled(
+            rng_key, program, args, self.num_particles, self.policy(), progress, budget, checkpoint, self.generations
+        )

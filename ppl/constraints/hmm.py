@@ -212,12 +212,14 @@ class Lookahead:
         accepted = belief * self.table[left - 1, after]  # [C, S]
         # sums over hidden states of p(state, token) and of p(state, token, acceptance), as one product for each block
         rows = jnp.stack([jnp.broadcast_to(belief, accepted.shape), accepted], axis=1)[self.class_of_block]
-        token, both = jnp.einsum("jks,jsb->kjb", rows, self.emission, precision=HIGHEST).reshape(2, -1)[:, self.place]
-        unknown = accepted.sum(-1)[self.automaton.class_of]
-        ratio = jnp.where(token > 0, both / jnp.where(token > 0, token, 1.0), unknown)
-        log_psi = jnp.log(ratio) + self.scale[left - 1, after][self.automaton.class_of]
-        log_psi = jnp.maximum(log_psi, self.least[left - 1]).at[self.automaton.eos_id].set(0.0)
-        return jnp.where(self.mask(state), log_psi, -jnp.inf)
+        token, both = jnp.einsum("jks,jsb->kjb", rows, self.emission, precision=HIGHEST)
+        of_block = lambda by_class: by_class[self.class_of_block][:, None]
+        ratio = jnp.where(token > 0, both / jnp.where(token > 0, token, 1.0), of_block(accepted.sum(-1)))
+        log_psi = jnp.maximum(jnp.log(ratio) + of_block(self.scale[left - 1, after]), self.least[left - 1])
+        ends = self.automaton.class_of[self.automaton.eos_id] == self.class_of_block
+        log_psi = jnp.where(ends[:, None], 0.0, log_psi)
+        allowed = of_block(self.automaton.need[number]) <= left
+        return jnp.where(allowed, log_psi, -jnp.inf).ravel()[self.place]
 
     def next(self, state: State, token: Array) -> State:
         return self.automaton.next(state[0], token), self.read(state[1], token)

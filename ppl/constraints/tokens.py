@@ -21,6 +21,8 @@ from .regex import compile_regex
 Array = jax.Array
 NEVER = 2**30
 """More tokens than any text has."""
+TOO_MANY = 2**15 - 1
+"""The same, in 16 bits."""
 CHUNK = 2048
 """Tokens that are walked through an automaton together."""
 
@@ -50,7 +52,10 @@ class TokenAutomaton:
     after: Array
     """int16 or int32[Q, C]: the state after a token of each class, -1 where it is not allowed"""
     class_of: Array
-    """uint8, int16 or int32[V]: the class of each token; EOS has one of its own"""
+    """uint8 or int32[V]: the class of each token; EOS has one of its own"""
+    need: Array
+    """int16[Q, C]: how many tokens have to be left for one of each class to be allowed, itself included; 0 for EOS where the
+    text is accepted"""
     distance: Array
     """int32[Q]: fewest tokens from a state to an accepting one"""
     eos_id: int = field(metadata={"static": True})
@@ -58,6 +63,8 @@ class TokenAutomaton:
 
     def start(self, max_tokens: int) -> tuple[Array, Array]:
         """The first state, and the tokens that are left."""
+        if max_tokens >= TOO_MANY:
+            raise ConstraintError(f"{self.about.description} counts up to {TOO_MANY - 1} tokens; lower max_tokens={max_tokens}")
         if self.about.shortest > max_tokens:
             raise ConstraintError(
                 f"{self.about.description} takes at least {self.about.shortest} tokens, more than max_tokens={max_tokens}; "
@@ -68,10 +75,7 @@ class TokenAutomaton:
     def mask(self, state: tuple[Array, Array]) -> Array:
         """bool[V]: the tokens allowed next."""
         number, left = state
-        after = self.after[number].astype(jnp.int32)
-        in_reach = (after >= 0) & (self.distance[after] < left)
-        in_reach = in_reach.at[self.class_of[self.eos_id]].set(self.distance[number] == 0)
-        return jax.lax.optimization_barrier(in_reach)[self.class_of]  # once for each class, not for each token
+        return self.need[number][self.class_of] <= left
 
     def next(self, state: tuple[Array, Array], token: Array) -> tuple[Array, Array]:
         """The state after an allowed token."""
@@ -173,11 +177,17 @@ def automaton(lm: LanguageModel, machine: ByteAutomaton, description: str = "the
     more = (max(16, 1 << (states - 1).bit_length()) - states, -classes % 32)
     after = np.pad(after, [(0, n) for n in more], constant_values=-1)
     distance = np.pad(distance, (0, more[0]), constant_values=NEVER)
-    small = np.int16 if states < 2**15 else np.int32
+    need = np.where(after >= 0, np.minimum(distance[after] + 1, TOO_MANY), TOO_MANY)
+    need[:, class_of[lm.eos_id]] = np.where(distance == 0, 0, TOO_MANY)
     with jax.ensure_compile_time_eval():  # constants, in a program too
-        few = np.uint8 if after.shape[1] <= 2**8 else np.int16 if after.shape[1] < 2**15 else np.int32
-        tables = jnp.asarray(after, small), jnp.asarray(class_of, few), jnp.asarray(distance)
-    return TokenAutomaton(*tables, lm.eos_id, About(description, shortest))
+        return TokenAutomaton(
+            jnp.asarray(after, np.int16 if states < 2**15 else np.int32),
+            jnp.asarray(class_of, np.uint8 if after.shape[1] <= 2**8 else np.int32),
+            jnp.asarray(need, np.int16),
+            jnp.asarray(distance, np.int32),
+            lm.eos_id,
+            About(description, shortest),
+        )
 
 
 def token_table(table: np.ndarray, spellings: list[bytes], eos_id: int) -> tuple[np.ndarray, np.ndarray]:

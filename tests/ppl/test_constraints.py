@@ -1,25 +1,22 @@
 """Regular expressions as automata over bytes and tokens, and as constraints of texts."""
 
-import csv
 import importlib
 import itertools
 import re
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmarks.constraints import SHARED, random_writer, regular_patterns, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrace import inference, models, ppl
-from latentrace.models.tokenizer import Tokenizer
 from latentrace.ppl.constraints import RegexError, automaton, compile_regex, regex, words
 from latentrace.ppl.errors import SiteError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 run_module = importlib.import_module("latentrace.ppl.run")
 tokens_module = importlib.import_module("latentrace.ppl.constraints.tokens")
 
@@ -274,39 +271,48 @@ class TestPosteriors:
 
     def test_too_few_tokens_are_refused_before_anything_runs(self, lm):
         before = run_module.traced
+        with pytest.raises(SiteError, match="counts up to 32766 tokens"):
+            regex(lm, "b*").start(2**15 - 1)
         with pytest.raises(SiteError, match=r"site 'text': pattern 'b\{5\}' takes at least 5 tokens, more than max_tokens=4"):
             inference.SMC(8).run(jax.random.key(0), self.program(lm, "b{5}", True))
         assert run_module.traced == before
 
 
-def regular_patterns():
-    with (SHARED / "grammars" / "patterns.csv").open() as file:
-        patterns = [row["regex"] for row in csv.DictReader(file)]
-    for pattern in patterns:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                re.compile(pattern)
-            except re.error:
-                continue
-        yield pattern
+@pytest.fixture(scope="module")
+def writer():
+    """A random model over a real vocabulary of 50,000 tokens, and the spellings of these."""
+    if not (SHARED / "grammars" / "patterns.csv").exists():
+        pytest.skip("the reference data does not lie beside this checkout")
+    jax.config.update("jax_disable_most_optimizations", False)
+    lm = random_writer(SHARED)
+    yield lm, lm.token_bytes()
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.mark.slow
+HANDFUL = [
+    r"^\d{4}-\d{2}-\d{2}$",
+    r"^[^<>{}\[\]]+$",
+    r"^(?>a+?|b+?)c$",
+    r"^(?:\+\d{1,3}\s?)?(?:\(\d{1,4}\)|\d{1,4})[\s.-]?\d{3}[\s.-]?\d{4}$",
+]
+
+
 @pytest.mark.shared
 class TestPublishedPatterns:
-    def test_all_that_are_regular_compile_for_a_large_vocabulary(self):
-        path = SHARED / "tokenizers" / "gpt2_style_50k_tokenizer.json"
-        if not path.exists():
-            pytest.skip("the reference data does not lie beside this checkout")
-        spellings = Tokenizer(path.read_text(), None, 50256).token_bytes()
-        refused, machines = 0, []
-        for pattern in regular_patterns():
-            try:
-                machines.append(compile_regex(pattern))
-            except RegexError:
-                refused += 1
-        assert (len(machines), refused) == (117, 111)
-        largest = max(machines, key=lambda machine: len(machine.next))
-        constraint = automaton(Spelled(spellings, 50256), largest)
-        assert sum(x.nbytes for x in (constraint.after, constraint.class_of, constraint.distance)) < 8 * 2**20
+    @pytest.mark.parametrize("pattern", HANDFUL)
+    def test_every_sample_matches(self, writer, pattern):
+        lm, spellings = writer
+        texts = samples(lm, spellings, regex(lm, pattern), 50)
+        assert len(set(texts)) > 1
+        assert all(re.fullmatch(pattern, text) for text in texts), texts
+
+    @pytest.mark.slow
+    def test_all_that_are_regular(self, writer):
+        lm, spellings = writer
+        found = list(regular_patterns(SHARED))
+        assert len(found) == 117
+        for pattern, machine, _ in found:
+            constraint = automaton(lm, machine)
+            assert sum(x.nbytes for x in jax.tree.leaves(constraint)) < 3 * 2**20, pattern
+            texts = samples(lm, spellings, constraint, 200)
+            assert all(re.fullmatch(pattern, text) for text in texts), (pattern, texts)
