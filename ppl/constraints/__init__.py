@@ -1,21 +1,32 @@
-"""Constraints that live on the device: regular expressions, words and automata, compiled once into tables over tokens."""
+"""Constraints of texts.
+
+Regular expressions, words and automata live on the device, compiled once into tables over tokens; a hidden Markov model may
+steer them. Grammars, and parsers of your own, are asked on the host.
+"""
 
 from .automata import ByteAutomaton
+from .grammar import grammar
 from .hmm import HMM, Lookahead, count_texts, lookahead, most_probable
+from .host import CallbackError, HostConstraint, Parser, host
 from .regex import RegexError, compile_regex
 from .tokens import ConstraintError, TokenAutomaton, WeightedAutomaton, automaton, regex, weighted, words
 
 __all__ = [
     "HMM",
     "ByteAutomaton",
+    "CallbackError",
     "ConstraintError",
+    "HostConstraint",
     "Lookahead",
+    "Parser",
     "RegexError",
     "TokenAutomaton",
     "WeightedAutomaton",
     "automaton",
     "compile_regex",
     "count_texts",
+    "grammar",
+    "host",
     "lookahead",
     "most_probable",
     "regex",

@@ -227,9 +227,7 @@ def measure_steps(shape: str, repeats: int, data: Path) -> None:
         print(f"  {name:22} {1e3 * cost.seconds / NEW_TOKENS:8.2f} {cost.ratio:8.3f} {cost.processor_ratio:8.3f}", flush=True)
     if parsed is not None:
         calls, seconds, masks = parsed.cost
-        print(
-            f"  of a grammar's step, {1e3 * seconds / calls:.2f} ms are the callback's, which computes {masks / calls:.0f} masks"
-        )
+        print(f"  of a grammar's step, {1e3 * seconds / calls:.2f} ms are the callback's, for {masks / calls:.0f} new masks")
 
 
 def main() -> None:
