@@ -149,7 +149,8 @@ def figure(results: dict[str, Sequence[Result]], path: str | Path | None = None)
     """Accuracy against tokens, one panel for each task; written to `path` if there is one. Needs matplotlib."""
     import matplotlib.pyplot as plt
 
-    drawing, panels = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.8), squeeze=False, layout="constrained")
+    size = 4.6 * len(results) + 1.6, 3.8
+    drawing, panels = plt.subplots(1, len(results), figsize=size, squeeze=False, layout="constrained")
     for panel, (task, rows) in zip(panels[0], results.items()):
         for number, method in enumerate(METHODS + VERIFIED):
             line = sorted((r for r in rows if r.method == method), key=lambda r: r.samples)
@@ -166,8 +167,11 @@ def figure(results: dict[str, Sequence[Result]], path: str | Path | None = None)
             panel.fill_between(tokens, low, high, color=f"C{number}", alpha=0.12, linewidth=0)
         panel.set(xscale="log", xlabel="tokens per problem", ylabel="problems solved", title=task)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        ticks = sorted({round(r.tokens) for r in rows if r.method == PLAIN})
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8, frameon=False)
+    drawing.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     if path is not None:
         drawing.savefig(path, dpi=150)
     return drawing
