@@ -31,8 +31,9 @@ def minimize(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.n
     sink = len(table)
     full = np.vstack([np.where(table < 0, sink, table), np.full((1, table.shape[1]), sink, table.dtype)])
     block: np.ndarray = np.append(accepting, False).astype(np.int32)
+    letters = np.unique(full, axis=1)  # those that no state tells apart are looked at once
     while True:
-        _, refined = np.unique(np.column_stack([block, block[full]]), axis=0, return_inverse=True)
+        _, refined = np.unique(np.column_stack([block, block[letters]]), axis=0, return_inverse=True)
         refined = refined.ravel()
         if refined.max() == block.max():  # labels have no gaps, so there are as many blocks as before
             break

@@ -81,8 +81,9 @@ def grammar(lm: LanguageModel, source: str | Mapping[str, Any], *, time_limit: f
     """The constraint that the whole text belongs to a grammar, by one host callback before each token.
 
     Where a regular expression will do, `regex` is much faster, and knows how many tokens are left; a grammar does not, so
-    a text that is cut at `max_tokens` before it is complete has probability 0. `cost` of the constraint says what its
-    callbacks have taken.
+    a text that is cut at `max_tokens` before it is complete has probability 0. Give it room: the last of
+    `max_tokens` tokens has to complete the text, for which every allowed token is tried; where nearly all of a large
+    vocabulary are, that costs more than the whole text before. `cost` of the constraint says what its callbacks have taken.
 
     Args:
         lm: whose tokens the text is made of.
