@@ -204,7 +204,7 @@ class TestRollouts:
             lines = text.splitlines(keepends=True)
             assert found.is_line[i].sum() == sum(line.endswith("\n") for line in lines)
             ids = jnp.asarray([lm.start_id, *lm.encode(problem.prompt + lines[0])])
-            features = lm.forward(ids, empty_memory())[0][-2]
+            features = lm.forward(ids, empty_memory())[0][-1]  # at the newline
             np.testing.assert_allclose(found.features[i, 0], features, atol=1e-4)
 
     def test_answers_of_texts(self):
