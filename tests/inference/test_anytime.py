@@ -61,9 +61,17 @@ def same(one, other):
 
 
 QUICK = ("while loop stops by data", "plate of texts from one context")
+MORE = (
+    "reverse scan over data",
+    "jit in scan in cond in while",
+    "plate in scan with scan inside",
+    "forks of two prompts chosen by data",
+    "list of contexts in a scan",
+    "automaton in a loop",
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_segments_give_the_particles_of_one_call(name):
     """Bit for bit, whether or not the population resamples, and whoever looks at it in between."""
     staged = stage(CASES[name].program, ())
