@@ -28,10 +28,10 @@ from latentrace.ppl.run import (
 )
 from latentrace.ppl.sites import generate_p, sample_p
 from latentrace.ppl.staging import Staged
-from latentrace.ppl.state import Counts, Faults
+from latentrace.ppl.state import Counts, Faults, together
 
-from .driver import prepare, wants_progress
-from .posterior import Ledger, Posterior
+from .driver import ledger_of, prepare, wants_progress
+from .posterior import Posterior
 
 Array = jax.Array
 
@@ -91,10 +91,8 @@ def draw_of(output: Output, which: Array) -> Draw:
 
 def info_of(output: Output, accepted: Array) -> Info:
     """What a population's run says of a step that ran it."""
-    latest = jnp.argmax(output.faults.died_at)
-    faults = jax.tree.map(lambda x: x.max(axis=0), output.faults)._replace(died=output.faults.died[latest])
     counts = jax.tree.map(lambda x: x.sum(axis=0), output.counts)._replace(model_calls=output.counts.model_calls.max())
-    return Info(accepted, faults, counts)
+    return Info(accepted, together(output.faults), counts)
 
 
 def added(one: Info, other: Info) -> Info:
@@ -191,19 +189,11 @@ def _posterior(staged: Staged, draws: list[list[Draw]], infos: list[Info], num_p
     rows = [draw for chain in complete for draw in chain]
     values, active, returned = jax.tree.map(lambda *xs: np.stack(xs), *rows)
     counts = jax.tree.map(lambda *xs: int(np.sum(xs)), *[info.counts for info in infos])
-    ledger = Ledger(
-        tokens_generated=counts.generated,
-        tokens_scored=counts.scored,
-        model_calls=counts.model_calls,
-        potential_calls=counts.potentials,
-        seconds=seconds,
-        utilisation=counts.generated / max(num_particles * counts.model_calls, 1),
-    )
     return Posterior(
         values=label_values(staged, values),
         returned=staged.out_tree.unflatten(returned),
         log_weights=np.zeros(len(rows), np.float32),
-        ledger=ledger,
+        ledger=ledger_of(counts, num_particles, counts.model_calls, seconds),
         active=active,
         restricted=any(bool(info.faults.restricted) for info in infos),
         chains=len(complete),

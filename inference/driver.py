@@ -12,6 +12,7 @@ from tqdm import tqdm
 from latentrace.ppl.program import as_program
 from latentrace.ppl.run import Output, Settings, check_faults, execute, label_values
 from latentrace.ppl.staging import Staged, check_given, stage
+from latentrace.ppl.state import Counts
 
 from .genealogy import Genealogy
 from .posterior import Ledger, Posterior
@@ -92,26 +93,29 @@ def finish(
 ) -> Posterior:
     """Check a run's faults and make its posterior."""
     check_faults(staged, output.faults, np.asarray(output.log_weight))
-    counts, n = output.counts, len(output.log_weight)
-    generated = int(counts.generated.sum())
     kept = output.resamplings
-    ledger = Ledger(
-        tokens_generated=generated,
-        tokens_scored=int(counts.scored.sum()),
-        model_calls=calls,
-        potential_calls=int(counts.potentials.sum()),
-        seconds=seconds,
-        utilisation=generated / max(n * calls, 1),
-    )
     return Posterior(
         values=label_values(staged, output.values),
         returned=None if stopped else staged.out_tree.unflatten(output.returned),
         log_weights=np.asarray(output.log_weight),
-        ledger=ledger,
+        ledger=ledger_of(output.counts, len(output.log_weight), calls, seconds),
         active={k: np.asarray(v) for k, v in output.active.items()},
         exact=exact,
         roots=np.asarray(output.root),
         restricted=bool(np.asarray(output.faults.restricted).any()),
         stopped=stopped,
         resamplings=None if kept is None else Genealogy.of(kept, np.asarray(output.log_weight) > -np.inf),
+    )
+
+
+def ledger_of(counts: Counts, num_particles: int, calls: int, seconds: float) -> Ledger:
+    """What a run of `calls` passes cost, from counts of its work, for each particle or in all."""
+    generated = int(np.sum(counts.generated))
+    return Ledger(
+        tokens_generated=generated,
+        tokens_scored=int(np.sum(counts.scored)),
+        model_calls=calls,
+        potential_calls=int(np.sum(counts.potentials)),
+        seconds=seconds,
+        utilisation=generated / max(num_particles * calls, 1),
     )

@@ -21,7 +21,7 @@ from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, cons
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
 from .staging import Staged, need, walks_into
-from .state import Faults, State, no_counts, no_faults, pay, steer
+from .state import Faults, State, no_counts, no_faults, pay, steer, together
 
 Array = jax.Array
 
@@ -295,9 +295,8 @@ class Interpreter:
 
 def merge_faults(faults: Faults, outer: State) -> Faults:
     """What went wrong in a plate's elements; in a particle that was dead before, nothing counts."""
-    latest = jnp.argmax(faults.died_at)
-    found = jax.tree.map(lambda x: x.max(axis=0), faults)._replace(died=faults.died[latest])
-    return jax.tree.map(lambda new, old: jnp.where(outer.log_weight > -jnp.inf, new, old), found, outer.faults)
+    alive = outer.log_weight > -jnp.inf
+    return jax.tree.map(lambda new, old: jnp.where(alive, new, old), together(faults), outer.faults)
 
 
 def first_state(staged: Staged, models: list[Any], choices: Any) -> State:

@@ -79,6 +79,12 @@ def no_faults() -> Faults:
     return Faults(none, none, none, none, none, jnp.asarray(False))
 
 
+def together(faults: Faults) -> Faults:
+    """What went wrong for any of several particles or elements (leading axis); the last death counts."""
+    latest = jnp.argmax(faults.died_at)
+    return Faults(*(x.max(axis=0) for x in faults))._replace(died=faults.died[latest])
+
+
 def no_counts() -> Counts:
     zero = jnp.int32(0)
     return Counts(zero, zero, zero, zero)

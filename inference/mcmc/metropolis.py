@@ -1,7 +1,6 @@
 """Metropolis-Hastings moves of `sample` sites, with the rest of the trace as it is."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +11,14 @@ from .proposals import ValueProposal
 Array = jax.Array
 
 
-class MetropolisState(NamedTuple):
-    draw: Draw
-
-
 @dataclass(frozen=True)
 class Metropolis:
-    """A kernel: propose new values of some sites, and accept them with the probability of Hastings (1970), equation 2.
+    """A part of a kernel: propose values of some sites, and accept them with the probability of Hastings (1970), equation 2.
 
     Each step evaluates the density of two traces, one pass through the language model for each text of them.
     """
 
     proposal: ValueProposal
-    num_particles: int = 1
 
     def move(self, target: Target, rng_key: Array, draw: Draw) -> tuple[Draw, Info]:
         """The draw after one step."""
