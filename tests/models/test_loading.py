@@ -271,8 +271,8 @@ print(peak - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_never_two_copies_in_memory(tmp_path):
-    """Beside the weights there is room for a few of their arrays, not for all of them again."""
-    sizes = dict(hidden_size=1024, intermediate_size=2048, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64)
+    """Beside the weights there is room for a few of their arrays (some 40 MB here), not for all 256 MB of them again."""
+    sizes = dict(hidden_size=1024, intermediate_size=2048, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64)
     lm = models.TransformerLM.from_module(models.Transformer(helper_config(**sizes), rngs=nnx.Rngs(0)))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(lm)) / 2**20
     models.save(lm, tmp_path)
