@@ -1,5 +1,6 @@
 """Importance sampling: independent particles from the program's proposals, weighted by target over proposal."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from latentrace.ppl.run import Settings
 
 from .driver import run_particles
 from .posterior import Posterior
+from .problems import run_many
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,17 @@ class ImportanceSampling:
             total=self.num_particles,
             progress=progress,
         )
+
+    def run_many(
+        self,
+        rng_key: jax.Array,
+        program: Any,
+        problems: Sequence[Any],
+        *,
+        at_once: int = 64,
+        return_errors: bool = False,
+        progress: bool | None = None,
+    ) -> list[Posterior]:
+        """Run on each of many problems, side by side in one compiled batch: see `SMC.run_many`. `batch_size` plays no part."""
+        settings = Settings(self.num_particles)
+        return run_many(rng_key, program, problems, settings, at_once=at_once, return_errors=return_errors, progress=progress)

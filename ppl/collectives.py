@@ -15,6 +15,13 @@ from jax.interpreters import batching
 Array = jax.Array
 
 PARTICLES = "particles"
+PROBLEMS = "problems"
+"""the axis of several runs side by side, outside that of each one's particles"""
+
+
+def over_problems(one_problem: Any, in_axes: Any) -> Any:
+    """`one_problem` for several problems at once; results get a leading axis of problems."""
+    return jax.vmap(one_problem, in_axes=in_axes, axis_name=PROBLEMS)
 
 
 def over_particles(one_particle: Any, num_particles: int) -> Any:
@@ -53,7 +60,7 @@ differs_p.def_abstract_eval(lambda x, note: x)
 
 
 def _batch_differs(axis_data: Any, args: Any, dims: Any, note: Any) -> Any:
-    if dims[0] is not None:
+    if dims[0] is not None and axis_data.name == PARTICLES:
         note()
     return args[0], dims[0]
 
@@ -125,3 +132,48 @@ def _batch_reindex(axis_data: Any, args: Any, dims: Any) -> Any:
 
 
 batching.fancy_primitive_batchers[reindex_p] = _batch_reindex
+
+
+def move(due: Array, tree: Any, ancestor: Array) -> Any:
+    """The same as `reindex` where `due`, bool[], the same for all particles; else nothing is copied."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, move_p.bind(due, ancestor, *map(jnp.asarray, leaves)))
+
+
+move_p = core.Primitive("move")
+move_p.multiple_results = True
+move_p.def_abstract_eval(lambda due, ancestor, *leaves: [jax.core.ShapedArray(x.shape, x.dtype) for x in leaves])
+
+
+def _batch_move(axis_data: Any, args: Any, dims: Any) -> Any:
+    (due, ancestor, *leaves), (_, _, *leaf_dims) = args, dims
+    own = [jnp.moveaxis(x, d, 0) for x, d in zip(leaves, leaf_dims) if d is not None]
+    moved = iter(_moved(due, ancestor, own))
+    return [x if d is None else next(moved) for x, d in zip(leaves, leaf_dims)], [None if d is None else 0 for d in leaf_dims]
+
+
+batching.fancy_primitive_batchers[move_p] = _batch_move
+
+
+@jax.custom_batching.custom_vmap
+def _moved(due: Array, ancestors: Array, leaves: list[Array]) -> list[Array]:
+    """Leaves of all particles (leading axis), each as its ancestor has it where `due`."""
+    return jax.lax.cond(due, lambda xs: [_taken(x, ancestors) for x in xs], lambda xs: xs, leaves)  # type: ignore[no-any-return]
+
+
+@_moved.def_vmap
+def _moved_problems(num_problems: int, batched: Any, due: Array, ancestors: Array, leaves: list[Array]) -> Any:
+    """Of many problems only those that are due are copied, one after the other."""
+    repeat = lambda x, has_axis: x if has_axis else jnp.broadcast_to(x[None], (num_problems, *x.shape))
+    due, ancestors, leaves = jax.tree.map(repeat, (due, ancestors, leaves), tuple(batched))
+    order = jnp.argsort(~due)
+
+    def one_problem(k: Array, leaves: list[Array]) -> list[Array]:
+        at = order[k]
+        return [x.at[at].set(_taken(x[at], ancestors[at])) for x in leaves]
+
+    return jax.lax.fori_loop(0, due.sum(), one_problem, leaves), [True] * len(leaves)
+
+
+def _taken(x: Array, ancestors: Array) -> Array:
+    return jnp.take(x, ancestors, axis=0, mode="clip")

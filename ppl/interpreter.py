@@ -39,12 +39,13 @@ class Interpreter:
         given: dict[str, Any] | None = None,
         policy: Policy | None = None,
         progress: Callable[[Array], None] | None = None,
+        axes: tuple[str, ...] = (PARTICLES,),
     ):
         self.staged, self.consts, self.models, self.state = staged, consts, models, state
         self.policy, self.progress = policy, progress
         self.frame = Frame()
         self.moved = False  # whether weights have moved since the population could last resample
-        self.axes: tuple[str, ...] = (PARTICLES,)
+        self.axes = axes  # of all that runs side by side with this particle
         self.path: tuple[Array, ...] = ()
         self.nested = False  # inside a loop or plate: prompts go to the particle's own slots
         self.active: Cell = self.frame.put(True)

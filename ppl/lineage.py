@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .choices import Choices
-from .collectives import index, reindex
+from .collectives import index, move, reindex
 from .state import Resamplings, State, total_twist
 
 Array = jax.Array
@@ -70,8 +70,7 @@ def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Arra
     due, ancestor, total, choices = policy(state.choices, state.clock, state.chances, state.log_weight + twist)
     fresh = state.clock != state.asked  # else weights have not moved since, and the same numbers would be drawn again
     due, ancestor = due & fresh, jnp.where(fresh, ancestor, index())
-    move = lambda moved: reindex(moved, ancestor)
-    arenas, extra = jax.lax.cond(due, move, lambda moved: moved, (state.arenas, extra))
+    arenas, extra = move(due, (state.arenas, extra), ancestor)
     log_twists = reindex(state.log_twists, ancestor)
     root = reindex(state.root, ancestor)
     resamplings = noted(state.resamplings, due, ancestor, state.clock)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .choices import Choices, Keyed, Retained
-from .collectives import index, over_particles
+from .collectives import PARTICLES, PROBLEMS, index, over_particles
 from .errors import (
     AllParticlesDeadError,
     BoundReachedError,
@@ -59,6 +59,13 @@ class Settings(NamedTuple):
     """a host function of one number, called as the run goes on"""
     generations: int = 0
     """how many of the latest resamplings to keep"""
+    many: bool = False
+    """whether several problems run side by side"""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The named axes that a particle lives in."""
+        return (PROBLEMS, PARTICLES) if self.many else (PARTICLES,)
 
 
 class Output(NamedTuple):
@@ -130,7 +137,9 @@ def runner(staged: Staged, settings: Settings) -> Any:
         def one_particle() -> Output:
             choices = settings.source.choices(rng_key, first + index(), trace)
             state = remembering(first_state(staged, models, choices), settings.generations)
-            run = Interpreter(staged, consts, models, state, given=given, policy=settings.policy, progress=progress)
+            run = Interpreter(
+                staged, consts, models, state, given=given, policy=settings.policy, progress=progress, axes=settings.axes
+            )
             cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in arrays.inputs])
             values = {name: run.frame.get(v) for name, (v, _) in run.records.items()}
             active = {name: run.frame.get(a) for name, (_, a) in run.records.items()}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from . import loops
 from .arena import Prompt
-from .collectives import index, over_particles_from
+from .collectives import anybody, index, over_particles_from
 from .interpreter import Interpreter, first_state
 from .jaxpr import DropVar, Literal, body_of, inner_jaxprs, is_site, sites_inside
 from .lineage import remembering
@@ -114,7 +114,14 @@ class Setting(NamedTuple):
         callback = self.settings.progress
         progress = None if callback is None else lambda x: jax.debug.callback(callback, x)
         run = Interpreter(
-            self.staged, consts, models, carried.state, given=self.given, policy=self.settings.policy, progress=progress
+            self.staged,
+            consts,
+            models,
+            carried.state,
+            given=self.given,
+            policy=self.settings.policy,
+            progress=progress,
+            axes=self.settings.axes,
         )
         put = run.frame.put
         run.records = {name: (put(value), put(active)) for name, (value, active) in carried.records.items()}
@@ -197,6 +204,29 @@ def enter(setting: Setting, boundary: Boundary, at: int) -> Boundary:
         return setting.pause(run, env, at, (looping.carry, looping.since))
 
     return setting.over(boundary, one_particle)
+
+
+def enter_settled(setting: Setting, boundary: Boundary, at: int) -> Boundary:
+    """The same, where what the loop makes different between particles is so from the first step on: each step then takes and
+    gives a boundary of one kind."""
+    boundary = enter(setting, boundary, at)
+    while True:
+        after, _ = jax.eval_shape(lambda b: step(setting, b, jnp.int32(0), at), boundary)
+        wide = boundary.widened(after.axes, setting.settings.num_particles)
+        if wide.axes == boundary.axes:
+            return boundary
+        boundary = wide
+
+
+def going(setting: Setting, boundary: Boundary, at: int) -> Array:
+    """bool[]: whether some particle has anything left to do in a loop, after a step of it."""
+    is_while = body_of(setting.staged.jaxpr).eqns[at].primitive.name == "while"
+
+    def one_particle(carried: Carried) -> Array:
+        alive = carried.state.log_weight > -jnp.inf
+        return anybody(alive & carried.loop[0][-1] if is_while else alive)
+
+    return setting.over(boundary, one_particle).value()  # type: ignore[no-any-return]
 
 
 def step(setting: Setting, boundary: Boundary, i: Array, at: int) -> tuple[Boundary, Collected]:
@@ -306,7 +336,7 @@ class SegmentedRun:
             return
         at = segment.start
         if self.boundary.value().loop is None:
-            self.boundary = self._settled(self._call(enter, self.boundary, at=at), at)
+            self.boundary = self._call(enter_settled, self.boundary, at=at)
         if len(self.collected) < self.length:
             number = jnp.int32(len(self.collected))
             self.boundary, found = self._call(step, self.boundary, number, at=at)
@@ -314,16 +344,6 @@ class SegmentedRun:
         if len(self.collected) == self.length:
             self.boundary = self._call(leave, self.boundary, self._stacked(self.collected), at=at)
             self.segment, self.collected = self.segment + 1, []
-
-    def _settled(self, boundary: Boundary, at: int) -> Boundary:
-        """What a loop makes different between particles differs from the first step on: one program serves all steps."""
-        while True:
-            after, _ = jax.eval_shape(lambda b: self._call(step, b, jnp.int32(0), at=at), boundary)
-            axes = after.axes
-            wide = self._compute(lambda b, axes=axes: b.widened(axes, self.settings.num_particles), boundary)
-            if wide.axes == boundary.axes:
-                return boundary
-            boundary = wide
 
     def output(self) -> Output:
         """The population as it stands."""

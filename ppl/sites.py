@@ -31,6 +31,8 @@ class Staging(threading.local):
     models: list[LanguageModel] | None = None
     scope: tuple[str, ...] = ()
     number: int = 0
+    pad_to: int = 0
+    """given texts are padded to at least so many tokens"""
 
     def model_number(self, lm: LanguageModel) -> int:
         assert self.models is not None
@@ -47,15 +49,15 @@ _jax_context = jax.make_user_context(None)  # part of JAX's trace caches: a jitt
 
 
 @contextlib.contextmanager
-def staging() -> Iterator[Staging]:
+def staging(pad_to: int = 0) -> Iterator[Staging]:
     """Collect sites of the functions traced inside."""
-    saved = _staging.models, _staging.scope, _staging.number
-    _staging.models, _staging.scope, _staging.number = [], (), next(_numbers)
+    saved = _staging.models, _staging.scope, _staging.number, _staging.pad_to
+    _staging.models, _staging.scope, _staging.number, _staging.pad_to = [], (), next(_numbers), pad_to
     try:
         with _jax_context((_staging.number, ())):
             yield _staging
     finally:
-        _staging.models, _staging.scope, _staging.number = saved
+        _staging.models, _staging.scope, _staging.number, _staging.pad_to = saved
 
 
 @contextlib.contextmanager
@@ -84,6 +86,11 @@ def site_name(name: str) -> str:
             "algorithm, such as `inference.SMC(num_particles=64).run(jax.random.key(0), program, *args)`"
         )
     return "/".join((*_staging.scope, name))
+
+
+def least_padding() -> int:
+    """To how many tokens given texts are padded at least."""
+    return _staging.pad_to
 
 
 def model_number(lm: LanguageModel) -> int:

@@ -96,11 +96,12 @@ def _is_static(leaf: Any) -> bool:
     return not isinstance(leaf, (np.ndarray, jax.Array))
 
 
-def stage(fn: Callable[..., Any], args: tuple[Any, ...]) -> Staged:
+def stage(fn: Callable[..., Any], args: tuple[Any, ...], pad_to: int = 0) -> Staged:
     """Trace a function that holds sites.
 
     Arrays among `args` become inputs; everything else (strings, numbers, functions, models) is static.
     A function that needs concrete arrays (for shapes, say) is staged with them as constants, which are hoisted.
+    Given texts are padded to at least `pad_to` tokens.
     """
     is_model = lambda x: isinstance(x, LanguageModel) or callable(x)
     leaves, tree = flatten(args, is_model)
@@ -112,7 +113,7 @@ def stage(fn: Callable[..., Any], args: tuple[Any, ...]) -> Staged:
         with numpyro_bridge.intercept():
             return fn(*tree.unflatten(filled))
 
-    with staging() as context:
+    with staging(pad_to) as context:
         try:
             closed, shape = jax.make_jaxpr(run, return_shape=True)(*arrays)
         except CONCRETIZATION:

@@ -12,7 +12,18 @@ import numpy as np
 from .errors import SiteError
 from .language_model import LanguageModel, feature_size
 from .proposals import AllowedTokens, Constraint, Proposal
-from .sites import extend_p, features_p, generate_p, hoist, model_number, prompt_p, score_p, site_name, tokens_p
+from .sites import (
+    extend_p,
+    features_p,
+    generate_p,
+    hoist,
+    least_padding,
+    model_number,
+    prompt_p,
+    score_p,
+    site_name,
+    tokens_p,
+)
 from .until import stop_table
 
 Array = jax.Array
@@ -111,7 +122,7 @@ def _given_tokens(lm: LanguageModel, text: Any, site: str, *, start: bool = Fals
             f"{site}: {len(ids)} tokens do not fit the model's context of {lm.max_length}; shorten the text or use a model "
             "with a longer context"
         )
-    padded = np.full(bucket(max(len(ids), pad_to)), PAD, np.int32)
+    padded = np.full(bucket(max(len(ids), pad_to, least_padding())), PAD, np.int32)
     padded[: len(ids)] = ids
     return jnp.asarray(padded)
 

@@ -1,5 +1,6 @@
 """Sequential Monte Carlo: particles are weighted at every site and inside texts, and resampled when weights degenerate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from latentrace.ppl.run import Settings
 from ..anytime import Budget, Checkpoint, run_in_segments
 from ..driver import run_particles
 from ..posterior import Posterior
+from ..problems import run_many
 from .resampling import Resampler, scheme_called
 from .triggers import ESSBelow, Trigger
 
@@ -145,4 +147,52 @@ class SMC:
         """
         return run_resampled(
             rng_key, program, args, self.num_particles, self.policy(), progress, budget, checkpoint, self.generations
+        )
+
+    def run_many(
+        self,
+        rng_key: jax.Array,
+        program: Any,
+        problems: Sequence[Any],
+        *,
+        at_once: int = 64,
+        return_errors: bool = False,
+        progress: bool | None = None,
+    ) -> list[Posterior]:
+        """Run on each of many problems, side by side in one compiled batch: a population for each, which never mix.
+
+        Problem number p gets the particles of `run(jax.random.fold_in(rng_key, p), program, *problems[p])`, save where the
+        larger matrix products round differently. Problems may differ in arrays and in texts of any length (they are padded
+        to the longest); options, functions and models are the same for all. The batch goes on segment by segment (see
+        `run`): what has finished its loop gives its place to problems that wait.
+
+        Args:
+            problems: the arguments of each: a tuple, or the one argument.
+            at_once: how many are under way at a time; memory is in proportion.
+            return_errors: give the error of a problem that fails (`RunError`, such as all particles dying) in place of its
+                posterior, rather than raise the first one in the end.
+
+        After an interrupt (Ctrl-C) problems that have not finished have None. Raises `SiteError` where problems lead to
+        different programs.
+
+        >>> import jax, numpyro.distributions as dist
+        >>> from latentrace import inference, ppl
+        >>> @ppl.program
+        ... def scale(ys):
+        ...     x = ppl.sample("x", dist.Gamma(2.0, 1.0))
+        ...     ppl.observe("y", dist.Normal(0.0, x), ys)
+        >>> found = inference.SMC(100).run_many(jax.random.key(0), scale, [jax.numpy.array([y]) for y in (0.1, 1.0, 9.0)])
+        >>> [len(posterior.values["x"]) for posterior in found]
+        [100, 100, 100]
+        """
+        policy = self.policy()
+        return run_many(
+            rng_key,
+            program,
+            problems,
+            Settings(self.num_particles, policy=policy, generations=self.generations),
+            at_once=at_once,
+            return_errors=return_errors,
+            progress=progress,
+            finished=lambda posterior: replace(posterior, biased=policy.resampler.biased),
         )

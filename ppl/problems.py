@@ -1,0 +1,156 @@
+"""Many problems at once: one program with different arguments, run side by side, segment by segment.
+
+A *lane* is the run of one problem. Lanes at the same segment go through it together in one compiled call: the particles'
+axis inside, that of problems outside. In a loop each lane may be at a step of its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import segments
+from .collectives import over_problems
+from .errors import SiteError
+from .jaxpr import all_eqns, body_of
+from .loops import Collected, length_of
+from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays
+from .segments import Boundary, Setting
+from .sites import extend_p, prompt_p, score_p
+from .staging import Staged, stage
+
+Array = jax.Array
+
+
+def stage_alike(fn: Callable[..., Any], problems: Sequence[tuple[Any, ...]]) -> list[Staged]:
+    """A program staged for each problem's arguments, texts padded to one length, so that one compiled run serves all.
+
+    Raises `SiteError` where the problems lead to different programs.
+    """
+    found = [stage(fn, args) for args in problems]
+    if len({staged.key() for staged in found}) > 1:
+        longest = max(map(_longest_text, found))
+        found = [stage(fn, args, pad_to=longest) for args in problems]
+    first = found[0].key()
+    for number, staged in enumerate(found):
+        if staged.key() != first:
+            raise SiteError(
+                f"problem {number} stages to another program than problem 0: problems may differ in arrays and in texts. Pass "
+                "numbers as arrays, and give options, functions and models one value for all"
+            )
+        if any(ours is not theirs for ours, theirs in zip(staged.models, found[0].models)):
+            raise SiteError(f"problem {number} has another language model than problem 0; give all the same one")
+    return found
+
+
+def _longest_text(staged: Staged) -> int:
+    """Tokens of the longest given text, padding included."""
+    given = (prompt_p, extend_p, score_p)
+    return max((e.invars[-1].aval.shape[0] for e in all_eqns(staged.jaxpr) if e.primitive in given), default=0)
+
+
+class Inputs(NamedTuple):
+    """What several problems read. A leaf is `shared` by all of them, or stacked in `own`; the other is None."""
+
+    shared: list[Any]
+    own: list[Any]
+    models: list[list[Any]]
+
+    def of(self, problem: Array) -> tuple[list[Any], list[list[Any]]]:
+        """The leaves of one problem, and the models."""
+        return [s if o is None else o[problem] for s, o in zip(self.shared, self.own)], self.models
+
+
+class Lanes(NamedTuple):
+    """What some lanes carry, stacked."""
+
+    boundary: Boundary
+    collected: Collected | None = None
+    """in a loop, what its steps left behind so far: [lanes, particles, steps, ...]; what is to come is as the latest step"""
+
+
+class Problems:
+    """The compiled parts of a run of many problems, each for a batch of lanes."""
+
+    def __init__(self, staged: list[Staged], keys: Array, given: Mapping[str, Any], settings: Settings):
+        self.staged, self.keys, self.settings = staged[0].skeleton(), keys, settings
+        leaves = [jax.tree.flatten((arrays_of(s)._replace(models=[]), given_arrays(s, given))) for s in staged]
+        self.tree = leaves[0][1]
+        columns = list(zip(*[flat for flat, _ in leaves]))
+        alike = [all(x is column[0] for x in column) for column in columns]
+        stacked = [None if same else jnp.stack(column) for same, column in zip(alike, columns)]
+        shared = [column[0] if same else None for same, column in zip(alike, columns)]
+        self.inputs = Inputs(shared, stacked, arrays_of(staged[0]).models)
+        self.segments = segments.segments(self.staged)
+        self._key = (staged[0].key(), settings, tuple(sorted(given)))
+
+    def _call(self, fn: Callable[..., Any], problems: Array, *operands: Any, **static: Any) -> Any:
+        """`fn(setting, *operands, **static)` for each of a batch of problems, int32[B]."""
+        staged, settings, tree = self.staged, self.settings, self.tree
+
+        def run(inputs: Inputs, problems: Array, *operands: Any) -> Any:
+            def one_problem(problem: Array, *operands: Any) -> Any:
+                leaves, models = inputs.of(problem)
+                arrays, given = jax.tree.unflatten(tree, leaves)
+                arrays = Arrays(arrays.inputs, arrays.consts, models)
+                return fn(Setting(staged, settings, arrays, given), *operands, **static)
+
+            return over_problems(one_problem, 0)(problems, *operands)
+
+        key = (*self._key, fn.__name__, tuple(static.items()))
+        return compiled(key, lambda: run)(self.inputs, problems, *operands)
+
+    def length(self, segment: int) -> int:
+        """How many steps the loop of a segment has; 0 where it is none."""
+        where = self.segments[segment]
+        return length_of(body_of(self.staged.jaxpr).eqns[where.start]) if where.is_loop else 0
+
+    def begin(self, problems: Array) -> Lanes:
+        """Before the first segment, for problems int32[B]."""
+        return Lanes(self._call(segments.begin, problems, self.keys[problems]))
+
+    def straight(self, problems: Array, lanes: Lanes, segment: int) -> Lanes:
+        """Through a segment that is no loop."""
+        where = self.segments[segment]
+        return Lanes(self._call(segments.straight, problems, lanes.boundary, start=where.start, stop=where.stop))
+
+    def enter(self, problems: Array, lanes: Lanes, segment: int) -> Lanes:
+        """Before the first step of a loop."""
+        return Lanes(*self._call(_enter, problems, lanes.boundary, at=self.segments[segment].start))
+
+    def step(self, problems: Array, lanes: Lanes, steps: Array, segment: int) -> tuple[Lanes, Array]:
+        """Each lane's next step of a loop, number int32[B]; and bool[B], whether anything is left for the steps to come."""
+        at = self.segments[segment].start
+        boundary, collected, going = self._call(_step, problems, lanes.boundary, lanes.collected, steps, at=at)
+        return Lanes(boundary, collected), going
+
+    def leave(self, problems: Array, lanes: Lanes, segment: int) -> Lanes:
+        """After a loop."""
+        return Lanes(self._call(segments.leave, problems, lanes.boundary, lanes.collected, at=self.segments[segment].start))
+
+    def output(self, problems: Array, lanes: Lanes) -> Output:
+        """What finished lanes bring back, with a leading axis of lanes."""
+        return self._call(segments.output, problems, lanes.boundary, complete=True)  # type: ignore[no-any-return]
+
+
+def _enter(setting: Setting, boundary: Boundary, at: int) -> tuple[Boundary, Collected]:
+    """Before a loop's first step, and room for what its steps leave behind."""
+    boundary = segments.enter_settled(setting, boundary, at)
+    _, found = jax.eval_shape(partial(segments.step, setting, at=at), boundary, jnp.int32(0))
+    length = length_of(body_of(setting.staged.jaxpr).eqns[at])
+    room = lambda x: jnp.zeros((x.shape[0], length, *x.shape[1:]), x.dtype)
+    return boundary, jax.tree.map(room, found)
+
+
+def _step(setting: Setting, boundary: Boundary, collected: Collected, i: Array, at: int) -> tuple[Boundary, Collected, Array]:
+    """One step. What it leaves behind stands for the later steps too, until they come: idle steps are all alike."""
+    boundary, found = segments.step(setting, boundary, i, at)
+    length = collected.moved.shape[1]
+    number = jnp.arange(length)
+    write = lambda old, new: jnp.where((number >= i).reshape(-1, *[1] * (new.ndim - 1)), new[:, None], old)
+    collected = jax.tree.map(write, collected, found)
+    nobody_moved = jnp.arange(setting.settings.num_particles)[:, None]
+    collected = collected._replace(moved=jnp.where(number > i, nobody_moved, collected.moved))
+    return boundary, collected, segments.going(setting, boundary, at)
