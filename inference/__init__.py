@@ -6,11 +6,12 @@ from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
 from .importance import ImportanceSampling
 from .posterior import Ledger, Marginal, Posterior
-from .smc import PMMH, SMC, ParticleGibbs, SMCSteering
+from .smc import PMMH, SMC, SMC2, ParticleGibbs, SMCSteering
 
 __all__ = [
     "PMMH",
     "SMC",
+    "SMC2",
     "Budget",
     "Checkpoint",
     "Exact",

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from latentrace.ppl.errors import RunError, SiteError
-from latentrace.ppl.problems import Lanes, Problems, stage_alike
+from latentrace.ppl.problems import Lanes, Problems, inputs_of, stage_alike
 from latentrace.ppl.program import as_program
 from latentrace.ppl.run import Settings
 from latentrace.ppl.staging import check_given
@@ -60,7 +60,7 @@ def run_many(
     staged = stage_alike(program.fn, [args if isinstance(args, tuple) else (args,) for args in problems])
     check_given(staged[0], program.given)
     keys = jax.vmap(lambda number: jax.random.fold_in(rng_key, number))(jnp.arange(len(problems)))
-    parts = Problems(staged, keys, program.given, settings._replace(many=True))
+    parts = Problems(staged[0], inputs_of(staged, program.given), keys, settings._replace(many=True))
     rounds = -(-len(problems) // at_once)
     schedule = Schedule(parts, len(problems), -(-len(problems) // rounds))
     results: list[Any] = [None] * len(problems)

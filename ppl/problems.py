@@ -20,6 +20,7 @@ from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays
 from .segments import Boundary, Setting
 from .sites import extend_p, prompt_p, score_p
 from .staging import Staged, stage
+from .state import Counts, Faults
 
 Array = jax.Array
 
@@ -52,15 +53,39 @@ def _longest_text(staged: Staged) -> int:
 
 
 class Inputs(NamedTuple):
-    """What several problems read. A leaf is `shared` by all of them, or stacked in `own`; the other is None."""
+    """What several runs read. A leaf is `shared` by all of them, or stacked in `own`; the other is None."""
 
     shared: list[Any]
     own: list[Any]
     models: list[list[Any]]
+    tree: Any
+    """structure of the leaves: arrays without models, and given values"""
 
-    def of(self, problem: Array) -> tuple[list[Any], list[list[Any]]]:
-        """The leaves of one problem, and the models."""
-        return [s if o is None else o[problem] for s, o in zip(self.shared, self.own)], self.models
+    def of(self, problem: Array) -> tuple[Arrays, dict[str, Array]]:
+        """Arrays and given values of one problem."""
+        leaves = [shared if own is None else own[problem] for shared, own in zip(self.shared, self.own)]
+        arrays, given = jax.tree.unflatten(self.tree, leaves)
+        return Arrays(arrays.inputs, arrays.consts, self.models), given
+
+
+def inputs_of(staged: Sequence[Staged], given: Mapping[str, Any]) -> Inputs:
+    """The inputs of several programs that are staged alike; arrays that are the same object are shared."""
+    flat = [jax.tree.flatten((arrays_of(s)._replace(models=[]), given_arrays(s, given))) for s in staged]
+    columns = list(zip(*[leaves for leaves, _ in flat]))
+    alike = [all(x is column[0] for x in column) for column in columns]
+    own = [None if same else jnp.stack(column) for same, column in zip(alike, columns)]
+    shared = [column[0] if same else None for same, column in zip(alike, columns)]
+    return Inputs(shared, own, arrays_of(staged[0]).models, flat[0][1])
+
+
+def inputs_with(staged: Staged, given: Mapping[str, Array], own: Mapping[str, Array]) -> Inputs:
+    """The inputs of several runs of one program, to each of which `own` gives values too: leading axis of runs."""
+    arrays = arrays_of(staged)
+    common = arrays._replace(models=[])
+    leaves, names = jax.tree.leaves(common), sorted({**given, **own})  # as JAX flattens a dict
+    shared = [*leaves, *[given.get(name) for name in names]]
+    stacked = [*[None] * len(leaves), *[own.get(name) for name in names]]
+    return Inputs(shared, stacked, arrays.models, jax.tree.structure((common, {**given, **own})))
 
 
 class Lanes(NamedTuple):
@@ -72,35 +97,27 @@ class Lanes(NamedTuple):
 
 
 class Problems:
-    """The compiled parts of a run of many problems, each for a batch of lanes."""
+    """The compiled parts of runs of one structure with inputs of their own, each for a batch of lanes."""
 
-    def __init__(self, staged: list[Staged], keys: Array, given: Mapping[str, Any], settings: Settings):
-        self.staged, self.keys, self.settings = staged[0].skeleton(), keys, settings
-        leaves = [jax.tree.flatten((arrays_of(s)._replace(models=[]), given_arrays(s, given))) for s in staged]
-        self.tree = leaves[0][1]
-        columns = list(zip(*[flat for flat, _ in leaves]))
-        alike = [all(x is column[0] for x in column) for column in columns]
-        stacked = [None if same else jnp.stack(column) for same, column in zip(alike, columns)]
-        shared = [column[0] if same else None for same, column in zip(alike, columns)]
-        self.inputs = Inputs(shared, stacked, arrays_of(staged[0]).models)
+    def __init__(self, staged: Staged, inputs: Inputs, keys: Array, settings: Settings):
+        """`keys` [P] are the keys of the runs."""
+        self.staged, self.inputs, self.keys, self.settings = staged.skeleton(), inputs, keys, settings
         self.segments = segments.segments(self.staged)
-        self._key = (staged[0].key(), settings, tuple(sorted(given)))
+        self._key = (staged.key(), settings, inputs.tree)
 
     def _call(self, fn: Callable[..., Any], problems: Array, *operands: Any, **static: Any) -> Any:
         """`fn(setting, *operands, **static)` for each of a batch of problems, int32[B]."""
-        staged, settings, tree = self.staged, self.settings, self.tree
+        staged, settings, tree = self.staged, self.settings, self.inputs.tree
 
-        def run(inputs: Inputs, problems: Array, *operands: Any) -> Any:
+        def run(shared: Any, own: Any, models: Any, problems: Array, *operands: Any) -> Any:
             def one_problem(problem: Array, *operands: Any) -> Any:
-                leaves, models = inputs.of(problem)
-                arrays, given = jax.tree.unflatten(tree, leaves)
-                arrays = Arrays(arrays.inputs, arrays.consts, models)
+                arrays, given = Inputs(shared, own, models, tree).of(problem)
                 return fn(Setting(staged, settings, arrays, given), *operands, **static)
 
             return over_problems(one_problem, 0)(problems, *operands)
 
-        key = (*self._key, fn.__name__, tuple(static.items()))
-        return compiled(key, lambda: run)(self.inputs, problems, *operands)
+        key = (*self._key, fn, tuple(static.items()))
+        return compiled(key, lambda: run)(*self.inputs[:3], problems, *operands)
 
     def length(self, segment: int) -> int:
         """How many steps the loop of a segment has; 0 where it is none."""
@@ -114,7 +131,11 @@ class Problems:
     def straight(self, problems: Array, lanes: Lanes, segment: int) -> Lanes:
         """Through a segment that is no loop."""
         where = self.segments[segment]
-        return Lanes(self._call(segments.straight, problems, lanes.boundary, start=where.start, stop=where.stop))
+        return self.stretch(problems, lanes, where.start, where.stop)
+
+    def stretch(self, problems: Array, lanes: Lanes, start: int, stop: int) -> Lanes:
+        """Through equations `start` to `stop` of the top level, loops whole."""
+        return Lanes(self._call(segments.straight, problems, lanes.boundary, start=start, stop=stop))
 
     def enter(self, problems: Array, lanes: Lanes, segment: int) -> Lanes:
         """Before the first step of a loop."""
@@ -130,9 +151,17 @@ class Problems:
         """After a loop."""
         return Lanes(self._call(segments.leave, problems, lanes.boundary, lanes.collected, at=self.segments[segment].start))
 
-    def output(self, problems: Array, lanes: Lanes) -> Output:
-        """What finished lanes bring back, with a leading axis of lanes."""
-        return self._call(segments.output, problems, lanes.boundary, complete=True)  # type: ignore[no-any-return]
+    def renewed(self, problems: Array, lanes: Lanes) -> Lanes:
+        """The same, from here on with draws of the keys, and work counted anew."""
+        return lanes._replace(boundary=self._call(segments.renewed, problems, lanes.boundary, self.keys[problems]))
+
+    def standing(self, problems: Array, lanes: Lanes) -> tuple[Array, Faults, Counts]:
+        """Log-weights, twists left out, what went wrong, and work done; leading axes of lanes and particles."""
+        return self._call(segments.standing, problems, lanes.boundary)  # type: ignore[no-any-return]
+
+    def output(self, problems: Array, lanes: Lanes, complete: bool = True) -> Output:
+        """What lanes bring back that are at the end, or else somewhere between loops; leading axes of lanes and particles."""
+        return self._call(segments.output, problems, lanes.boundary, complete=complete)  # type: ignore[no-any-return]
 
 
 def _enter(setting: Setting, boundary: Boundary, at: int) -> tuple[Boundary, Collected]:

@@ -21,7 +21,7 @@ from .loops import Collected, Looping
 from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays
 from .sites import generate_p
 from .staging import Staged, walks_into
-from .state import State, total_twist
+from .state import Counts, Faults, State, total_twist
 
 Array = jax.Array
 
@@ -264,6 +264,23 @@ def cut(setting: Setting, boundary: Boundary, collected: Collected, at: int) -> 
         return Carried([], run.recorded(), {}, run.state)
 
     return setting.over(boundary, one_particle, collected)
+
+
+def renewed(setting: Setting, boundary: Boundary, rng_key: Array) -> Boundary:
+    """The same, from here on with draws of another key, and work counted anew."""
+
+    def one_particle(carried: Carried) -> Carried:
+        choices = setting.settings.source.choices(rng_key, index(), {})
+        none = jax.tree.map(lambda x: x - x, carried.state.counts)  # still each particle's own
+        return carried._replace(state=carried.state._replace(choices=choices, counts=none))
+
+    return setting.over(boundary, one_particle)
+
+
+def standing(setting: Setting, boundary: Boundary) -> tuple[Array, Faults, Counts]:
+    """Each particle's log-weight, twists left out, what went wrong, and work done; leading axis of particles."""
+    found = setting.over(boundary, lambda carried: (carried.state.log_weight, carried.state.faults, carried.state.counts))
+    return found.whole(setting.settings.num_particles)  # type: ignore[no-any-return]
 
 
 def output(setting: Setting, boundary: Boundary, complete: bool) -> Output:
