@@ -9,7 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from .arena import Row, add_row, append, follow, read_pending, read_row
 from .collectives import anybody, index, reindex
 from .errors import SiteError
-from .language_model import token_log_probs
+from .language_model import CHUNK, LanguageModel, token_log_probs
 from .lineage import Policy, resample
 from .proposals import has_potentials
 from .state import note_overflow, pay, steer, with_arena
@@ -247,6 +247,8 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
         allowed = jnp.asarray(True)
         if options.constraint is not None:
             allowed = done | options.constraint.mask(constraint_state)[token]
+            if name in run.drawn and has_potentials(options.constraint):
+                allowed &= done | (options.constraint.log_potentials(constraint_state)[token] > -jnp.inf)
             keep = lambda new, old: jnp.where(done, old, new)
             constraint_state = jax.tree.map(keep, options.constraint.next(constraint_state, token), constraint_state)
         stop_state, stops = options.stops(stop_state, token)
@@ -259,6 +261,8 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
     count = jnp.where(active, length, 0)
     features, arena, row = append(lm, arena, row, run.read_prompts(model), given, count)
     log_probs = jnp.where(inside, token_log_probs(lm, features, given), 0.0)
+    if name in run.drawn and options.proposal is not None:
+        valid &= ~inside | proposable(lm, options, features, given)
     ends = jnp.where(length > 0, given[jnp.maximum(length - 1, 0)] == lm.eos_id, row.finished)
     arena, handle = add_row(arena, row._replace(finished=ends))
     run.state = with_arena(run.state, model, arena)
@@ -270,3 +274,9 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
     run.add_weight(name, jnp.where(canonical, jnp.where(active, log_weight, 0.0), -jnp.inf), always=True)
     run.record(name, [run.frame.get(c) for c in out[:4]], blank=[lm.eos_id, 0, True, 0])
     return [run.frame.get(c) for c in out]
+
+
+def proposable(lm: LanguageModel, options: Options, features: Array, tokens: Array) -> Array:
+    """bool[T]: whether the proposal draws tokens int32[T] after features [T, D] with positive probability."""
+    one = lambda row: options.propose(lm.unembed(row[0][None])[0])[row[1]] > -jnp.inf
+    return jax.lax.map(one, (features, tokens), batch_size=min(CHUNK, tokens.shape[0]))

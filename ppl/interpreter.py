@@ -49,6 +49,8 @@ class Interpreter:
         self.path: tuple[Array, ...] = ()
         self.nested = False  # inside a loop or plate: prompts go to the particle's own slots
         self.active: Cell = self.frame.put(True)
+        self.drawn: frozenset[str] = frozenset()
+        """texts among the given that were drawn: outside of their proposal's support they have density 0"""
         self.given = {k: self.frame.put(v) for k, v in (given or {}).items()}
         self.prompts: dict[int, list[Cell]] = {m: [] for m in range(len(models))}
         self.records: dict[str, tuple[Cell, Cell]] = {}
@@ -266,7 +268,7 @@ class Interpreter:
             )
             choices = outer.choices.enter_element(i, jaxpr)
             body = Interpreter(self.staged, self.consts, self.models, state._replace(choices=choices), given=given)
-            body.axes, body.path, body.nested = (*self.axes, axis), (*self.path, i), True
+            body.axes, body.path, body.nested, body.drawn = (*self.axes, axis), (*self.path, i), True, self.drawn
             body.active, body.is_density = body.frame.put(active), self.is_density
             body.prompts = {m: [body.frame.put(p) for p in ps] for m, ps in prompts.items()}
             out = body.walk(jaxpr, [body.frame.put(v) for v in values])

@@ -64,6 +64,11 @@ class Carried(NamedTuple):
     loop: Any = None
     """in a loop, whose start `env` is from: carry and `since` of `Looping`; None elsewhere"""
 
+    def looping(self) -> Looping:
+        """What goes from step to step of the loop."""
+        carry, since = self.loop
+        return Looping(carry, since, self.state)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Setting(NamedTuple):
     settings: Settings
     arrays: Arrays
     given: dict[str, Array]
+    drawn: frozenset[str] = frozenset()
+    """see `Interpreter.drawn`"""
 
     def interpreter(self, carried: Carried, at: int) -> tuple[Interpreter, dict[Any, Any]]:
         """An interpreter that goes on from a cut before equation `at`, and its variables."""
@@ -126,7 +133,8 @@ class Setting(NamedTuple):
         put = run.frame.put
         run.records = {name: (put(value), put(active)) for name, (value, active) in carried.records.items()}
         run.prompts = {m: [put(p) for p in blocks] for m, blocks in carried.prompts.items()}
-        run.moved = True
+        run.moved, run.drawn = True, self.drawn
+        run.is_density = False  # particles take different branches
         env = run.constants(self.staged.jaxpr)
         env.update(zip(live(body_of(self.staged.jaxpr), at), map(put, carried.env)))
         return run, env
@@ -161,49 +169,73 @@ class Setting(NamedTuple):
         leaves, axes = over_particles_from(one_particle, self.settings.num_particles, [*boundary.leaves, *extra], axes)
         return Boundary(leaves, trees[0], axes)
 
+    # --- the parts of a run, for one particle ---
 
-def _looping(carried: Carried) -> Looping:
-    carry, since = carried.loop
-    return Looping(carry, since, carried.state)
+    def begin(self, rng_key: Array, trace: dict[str, Array]) -> Carried:
+        """Before the first equation; `trace` is for the source of choices."""
+        models = [tree.unflatten(x) for tree, x in zip(self.staged.trees, self.arrays.models)]
+        state = first_state(self.staged, models, self.settings.source.choices(rng_key, index(), trace))
+        state = remembering(state, self.settings.generations)
+        jaxpr = body_of(self.staged.jaxpr)
+        values = dict(zip(jaxpr.invars, self.arrays.inputs))
+        return Carried([values[v] for v in live(jaxpr, 0)], {}, {m: [] for m in range(len(models))}, state)
+
+    def straight(self, carried: Carried, start: int, stop: int) -> Carried:
+        """Equations `start` to `stop`."""
+        run, env = self.interpreter(carried, start)
+        run.walk_equations(body_of(self.staged.jaxpr).eqns[start:stop], env)
+        return self.pause(run, env, stop)
+
+    def enter(self, carried: Carried, at: int) -> Carried:
+        """Before the first step of a loop."""
+        run, env, loop = self.loop(carried, at)
+        looping = loops.start(run, loop)
+        return self.pause(run, env, at, (looping.carry, looping.since))
+
+    def step(self, carried: Carried, i: Array, at: int) -> tuple[Carried, Collected]:
+        """One step of a loop, and what it leaves behind."""
+        run, _, loop = self.loop(carried, at)
+        looping, collected = loops.one_step(run, loop, carried.looping(), i)
+        return carried._replace(state=looping.state, loop=(looping.carry, looping.since)), collected
+
+    def leave(self, carried: Carried, collected: Collected, at: int) -> Carried:
+        """After a loop, of whose steps `collected` [length, ...] is left."""
+        run, env, loop = self.loop(carried, at)
+        outputs = loops.leave(run, loop, carried.looping(), collected)
+        env.update((v, o) for v, o in zip(body_of(self.staged.jaxpr).eqns[at].outvars, outputs))
+        return self.pause(run, env, at + 1)
+
+    def cut(self, carried: Carried, collected: Collected, at: int) -> Carried:
+        """In a loop that is not done: what was recorded so far, the steps to come being inactive."""
+        run, _, loop = self.loop(carried, at)
+        loops.gather(run, loop, carried.looping(), collected)
+        return Carried([], run.recorded(), {}, run.state)
+
+    def output(self, carried: Carried, complete: bool) -> Output:
+        """What a run brings back; weights of one that is not complete are for the target with its twists."""
+        values = {name: value for name, (value, _) in carried.records.items()}
+        active = {name: active for name, (_, active) in carried.records.items()}
+        state, returned = carried.state, []
+        if complete:
+            run, env = self.interpreter(carried, len(body_of(self.staged.jaxpr).eqns))
+            returned = [jnp.asarray(run.frame.get(run.read(env, a))) for a in body_of(self.staged.jaxpr).outvars]
+        log_weight = state.log_weight if complete else state.log_weight + total_twist(state)
+        return Output(returned, values, active, log_weight, state.faults, state.counts, state.root, state.resamplings)
 
 
-# --- the parts, each compiled by itself -------------------------------------------------------------------------------
+# --- the same for all particles, each part compiled by itself ---------------------------------------------------------
 
 
 def begin(setting: Setting, rng_key: Array) -> Boundary:
-    """Before the first equation."""
-
-    def one_particle(_: Any) -> Carried:
-        models = [tree.unflatten(x) for tree, x in zip(setting.staged.trees, setting.arrays.models)]
-        state = first_state(setting.staged, models, setting.settings.source.choices(rng_key, index(), {}))
-        state = remembering(state, setting.settings.generations)
-        jaxpr = body_of(setting.staged.jaxpr)
-        values = dict(zip(jaxpr.invars, setting.arrays.inputs))
-        return Carried([values[v] for v in live(jaxpr, 0)], {}, {m: [] for m in range(len(models))}, state)
-
-    return setting.over(Boundary([], jax.tree.structure(None), ()), one_particle)
+    return setting.over(Boundary([], jax.tree.structure(None), ()), lambda _: setting.begin(rng_key, {}))
 
 
 def straight(setting: Setting, boundary: Boundary, start: int, stop: int) -> Boundary:
-    """Equations `start` to `stop`."""
-
-    def one_particle(carried: Carried) -> Carried:
-        run, env = setting.interpreter(carried, start)
-        run.walk_equations(body_of(setting.staged.jaxpr).eqns[start:stop], env)
-        return setting.pause(run, env, stop)
-
-    return setting.over(boundary, one_particle)
+    return setting.over(boundary, lambda carried: setting.straight(carried, start, stop))
 
 
 def enter(setting: Setting, boundary: Boundary, at: int) -> Boundary:
-    """Before the first step of a loop."""
-
-    def one_particle(carried: Carried) -> Carried:
-        run, env, loop = setting.loop(carried, at)
-        looping = loops.start(run, loop)
-        return setting.pause(run, env, at, (looping.carry, looping.since))
-
-    return setting.over(boundary, one_particle)
+    return setting.over(boundary, lambda carried: setting.enter(carried, at))
 
 
 def enter_settled(setting: Setting, boundary: Boundary, at: int) -> Boundary:
@@ -230,40 +262,19 @@ def going(setting: Setting, boundary: Boundary, at: int) -> Array:
 
 
 def step(setting: Setting, boundary: Boundary, i: Array, at: int) -> tuple[Boundary, Collected]:
-    """One step of a loop; what it leaves behind has a leading axis of particles."""
-
-    def one_particle(carried: Carried) -> tuple[Carried, Collected]:
-        run, _, loop = setting.loop(carried, at)
-        looping, collected = loops.one_step(run, loop, _looping(carried), i)
-        return carried._replace(state=looping.state, loop=(looping.carry, looping.since)), collected
-
-    both = setting.over(boundary, one_particle)
+    """What the step leaves behind has a leading axis of particles."""
+    both = setting.over(boundary, lambda carried: setting.step(carried, i, at))
     _, collected = both.whole(setting.settings.num_particles)
     carried, tree = jax.tree.flatten(both.value()[0])
     return Boundary(carried, tree, both.axes[: len(carried)]), collected
 
 
 def leave(setting: Setting, boundary: Boundary, collected: Collected, at: int) -> Boundary:
-    """After a loop, of whose steps `collected` [N, length, ...] is left."""
-
-    def one_particle(carried: Carried, collected: Collected) -> Carried:
-        run, env, loop = setting.loop(carried, at)
-        outputs = loops.leave(run, loop, _looping(carried), collected)
-        env.update((v, o) for v, o in zip(body_of(setting.staged.jaxpr).eqns[at].outvars, outputs))
-        return setting.pause(run, env, at + 1)
-
-    return setting.over(boundary, one_particle, collected)
+    return setting.over(boundary, lambda carried, collected: setting.leave(carried, collected, at), collected)
 
 
 def cut(setting: Setting, boundary: Boundary, collected: Collected, at: int) -> Boundary:
-    """In a loop that is not done: what was recorded so far, the steps to come being inactive."""
-
-    def one_particle(carried: Carried, collected: Collected) -> Carried:
-        run, _, loop = setting.loop(carried, at)
-        loops.gather(run, loop, _looping(carried), collected)
-        return Carried([], run.recorded(), {}, run.state)
-
-    return setting.over(boundary, one_particle, collected)
+    return setting.over(boundary, lambda carried, collected: setting.cut(carried, collected, at), collected)
 
 
 def renewed(setting: Setting, boundary: Boundary, rng_key: Array) -> Boundary:
@@ -284,19 +295,8 @@ def standing(setting: Setting, boundary: Boundary) -> tuple[Array, Faults, Count
 
 
 def output(setting: Setting, boundary: Boundary, complete: bool) -> Output:
-    """What a run brings back; weights of one that is not complete are for the target with its twists."""
-
-    def one_particle(carried: Carried) -> Output:
-        values = {name: value for name, (value, _) in carried.records.items()}
-        active = {name: active for name, (_, active) in carried.records.items()}
-        state, returned = carried.state, []
-        if complete:
-            run, env = setting.interpreter(carried, len(body_of(setting.staged.jaxpr).eqns))
-            returned = [jnp.asarray(run.frame.get(run.read(env, a))) for a in body_of(setting.staged.jaxpr).outvars]
-        log_weight = state.log_weight if complete else state.log_weight + total_twist(state)
-        return Output(returned, values, active, log_weight, state.faults, state.counts, state.root, state.resamplings)
-
-    return setting.over(boundary, one_particle).whole(setting.settings.num_particles)  # type: ignore[no-any-return]
+    whole = setting.over(boundary, lambda carried: setting.output(carried, complete))
+    return whole.whole(setting.settings.num_particles)  # type: ignore[no-any-return]
 
 
 class SegmentedRun:

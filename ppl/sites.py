@@ -344,7 +344,7 @@ def nested(name: str, fn: Callable[..., Any], *, num_samples: int) -> Callable[.
         raise SiteError(f"nested {name!r}: num_samples must be at least 1, not {num_samples}")
 
     def estimated(*args: Any) -> Any:
-        out, (log_weights,) = _plate(fn, args, [None] * len(args), num_samples, f"nested {name!r}", nested=True)
+        out, (log_weights,) = _plate(fn, args, [None] * len(args), num_samples, f"nested {name!r}", f"{site_name(name)}()")
         log_mean = jax.nn.logsumexp(log_weights) - np.log(num_samples)
         alive = log_mean > -jnp.inf
         which = sample(name, Categorical(logits=jnp.where(alive, log_weights, 0.0)))
@@ -354,8 +354,8 @@ def nested(name: str, fn: Callable[..., Any], *, num_samples: int) -> Callable[.
     return estimated
 
 
-def _plate(fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, nested: bool = False) -> tuple[Any, list[Array]]:
-    """`fn` for each of `n` elements, and their log-weights float32[n] where they are `nested`."""
+def _plate(fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, nested: str = "") -> tuple[Any, list[Array]]:
+    """`fn` for each of `n` elements, and their log-weights float32[n] where they are `nested` under a name."""
     element = [jax.tree.map(lambda x: jnp.asarray(x)[0], arg) if a == 0 else arg for a, arg in zip(axes, args)]
     closed, consts, tree = hoist(fn, *element)
     if "Context" in str(tree):
@@ -363,6 +363,6 @@ def _plate(fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, nest
     flat = [(jnp.asarray(x), a) for arg, a in zip(args, axes) for x in jax.tree.leaves(arg)]
     flags = tuple([False] * len(consts) + [a == 0 for _, a in flat])
     operands = (*consts, *[x for x, _ in flat])
-    out = plate_p.bind(*operands, jaxpr=closed, size=n, mapped=flags, name="vmap()", nested=nested)
+    out = plate_p.bind(*operands, jaxpr=closed, size=n, mapped=flags, name=nested or "vmap()", nested=bool(nested))
     count = len(closed.out_avals)
     return tree.unflatten(out[:count]), out[count:]

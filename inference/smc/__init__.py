@@ -1,7 +1,7 @@
 """Sequential Monte Carlo."""
 
 from .bounds import Bounds, evidence_bounds
-from .conditional import ParticleGibbs
+from .particle_gibbs import ParticleGibbs
 from .pmmh import PMMH
 from .resampling import Resampler, Tempered
 from .smc import SMC

@@ -1,20 +1,18 @@
-"""Conditional SMC and particle Gibbs: a population in which one particle repeats the chain's trace."""
+"""Conditional SMC: a population in which one particle repeats the chain's trace."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from latentrace.ppl.errors import SiteError, near_misses
 from latentrace.ppl.run import Output, RetainingSource, Settings
 
-from ..chains import Draw, Info, Target, added, draw_of, info_of, run_chains
+from ..chains import Draw, Info, Target, added, draw_of, info_of
 from ..mcmc.metropolis import Metropolis
 from ..mcmc.proposals import ValueProposal
-from ..posterior import Posterior
 from .resampling import SCHEMES, Scheme, at_points
-from .smc import Resample, check_granularity
+from .smc import Resample
 from .triggers import ESSBelow
 
 Array = jax.Array
@@ -76,87 +74,20 @@ class ConditionalSMC:
         draw, info = state.draw, None
         if self.parameters is not None:
             draw, info = Metropolis(self.parameters).move(target, move_key, draw)
-        values = target.choices(draw)
         policy = Resample(ESSBelow(self.ess_threshold), CONDITIONAL_SCHEMES[self.scheme], self.inside_texts)
-        output = target.population(
-            run_key,
-            Settings(self.num_particles, RetainingSource(), policy),
-            {name: values.pop(name) for name in self.sites},
-            trace=values,
-        )
+        output = self.population(target, run_key, draw, policy)
         draw, which = pick(output, pick_key)
-        renewed = info_of(output, (which != 0).astype(jnp.float32))
+        renewed = info_of(output, ((which != 0) | (output.root[0] != 0)).astype(jnp.float32))
         return GibbsState(draw), renewed if info is None else added(info, renewed)
+
+    def population(self, target: Target, rng_key: Array, draw: Draw, policy: Resample) -> Output:
+        """A population in which particle 0 repeats a trace, but for the parameters, which all have from there."""
+        values = target.choices(draw)
+        settings = Settings(self.num_particles, RetainingSource(), policy)
+        return target.population(rng_key, settings, {name: values.pop(name) for name in self.sites}, trace=values)
 
 
 def pick(output: Output, rng_key: Array) -> tuple[Draw, Array]:
     """A particle drawn by weight, and its number."""
     which = jax.random.categorical(rng_key, output.log_weight)
     return draw_of(output, which), which
-
-
-@dataclass(frozen=True)
-class ParticleGibbs:
-    """Particle Gibbs (Andrieu, Doucet and Holenstein 2010): a Markov chain whose moves are conditional SMC sweeps.
-
-    Each sweep runs a population in which one particle repeats the chain's trace, and draws the next trace from it: the
-    posterior stays invariant for any number of particles from 2 on.
-
-    Args:
-        num_particles: size of the population, at least 2.
-        num_samples: draws of each chain, after `num_warmup` steps that are not kept.
-        parameters: a proposal for `sample` sites, such as `inference.mcmc.RandomWalk(theta=0.3)`: each step moves those by
-            Metropolis-Hastings with the rest fixed, then the rest by conditional SMC given them. Without it everything
-            is moved together (iterated conditional SMC).
-        ess_threshold: resample when ESS < ess_threshold * num_particles.
-        resample: "multinomial" or "systematic", each in its conditional form.
-        granularity: "token" resamples inside texts too, "site" only between sites.
-
-    >>> import jax, numpyro.distributions as dist
-    >>> from latentrace import inference, ppl
-    >>> @ppl.program
-    ... def walk(ys):
-    ...     def step(x, y):
-    ...         x = ppl.sample("x", dist.Normal(x, 1.0))
-    ...         ppl.observe("y", dist.Normal(x, 0.5), y)
-    ...         return x, x
-    ...     return jax.lax.scan(step, 0.0, ys)[1]
-    >>> posterior = inference.ParticleGibbs(10, num_samples=50).run(jax.random.key(0), walk, jax.numpy.array([0.1, 0.5, 1.2]))
-    >>> posterior.values["x"].shape
-    (50, 3)
-    """
-
-    num_particles: int
-    num_samples: int
-    parameters: ValueProposal | None = None
-    num_warmup: int = 0
-    num_chains: int = 1
-    ess_threshold: float = 0.5
-    resample: str = "multinomial"
-    granularity: Literal["token", "site"] = "token"
-
-    def __post_init__(self) -> None:
-        if self.num_particles < 2:
-            raise SiteError(
-                f"ParticleGibbs: num_particles must be at least 2, as one repeats the trace; not {self.num_particles}"
-            )
-        check_granularity("ParticleGibbs", self.granularity)
-        if self.resample not in CONDITIONAL_SCHEMES:
-            raise SiteError(
-                f"ParticleGibbs: no conditional resampling {self.resample!r}; {near_misses(self.resample, CONDITIONAL_SCHEMES)}"
-            )
-
-    def run(self, rng_key: jax.Array, program: Any, *args: Any, progress: bool | None = None) -> Posterior:
-        """Run on a program; `progress` shows a bar (by default on a terminal or in a notebook, after a few seconds)."""
-        inside_texts = self.granularity == "token"
-        kernel = ConditionalSMC(self.num_particles, self.ess_threshold, self.resample, inside_texts, self.parameters)
-        return run_chains(
-            rng_key,
-            program,
-            args,
-            kernel,
-            num_samples=self.num_samples,
-            num_warmup=self.num_warmup,
-            num_chains=self.num_chains,
-            progress=progress,
-        )
