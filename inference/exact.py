@@ -39,7 +39,7 @@ class Layout(NamedTuple):
                 if p["name"] not in self.given:
                     found += self._site(eqn)
             elif eqn.primitive is plate_p:
-                if p["nested"]:
+                if p["ess_threshold"] is not None:
                     raise NotEnumerableError("`ppl.nested` estimates by sampling; to enumerate, call its function in its place")
                 times = p["size"]
             elif eqn.primitive.name == "scan" and holds_sites(eqn):

@@ -43,8 +43,9 @@ class Choices(Protocol):
         """A token int32[] drawn from logits float32[V]."""
         ...
 
-    def uniforms(self, clock: Array, weights: Array, count: int) -> tuple[Array, "Choices"]:
-        """Uniform numbers in [0, 1), float32[count], the same for all particles, for resampling `weights` float32[N]."""
+    def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, "Choices"]:
+        """Uniform numbers in [0, 1), float32[count], the same for all particles, for resampling `weights` float32[N]; or for
+        one particle's samples at a nested site, the same for all of these."""
         ...
 
     def enter_element(self, i: Array, jaxpr: Any) -> "Choices":
@@ -85,9 +86,9 @@ class Keyed(NamedTuple):
         u = jax.random.uniform(jax.random.fold_in(self.site_key(site), step))
         return inverse_cdf(jnp.exp(logits - logits.max()), u), self
 
-    def uniforms(self, clock: Array, weights: Array, count: int) -> tuple[Array, "Keyed"]:
+    def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, "Keyed"]:
         # particles are numbered from 0, so the largest number is free for what all of them share
-        shared = jax.random.fold_in(self.run_key, 0xFFFFFFFF)
+        shared = jax.random.fold_in(self.run_key, 0xFFFFFFFF) if site is None else self.site_key(site)
         return jax.random.uniform(jax.random.fold_in(shared, clock), (count,)), self
 
 
@@ -117,8 +118,8 @@ class Retained(NamedTuple):
         token, drawn = self.drawn.token(site, step, logits)
         return jnp.where(self.repeats, self._kept(site)[step], token), self._replace(drawn=drawn)
 
-    def uniforms(self, clock: Array, weights: Array, count: int) -> tuple[Array, "Retained"]:
-        uniforms, drawn = self.drawn.uniforms(clock, weights, count)
+    def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, "Retained"]:
+        uniforms, drawn = self.drawn.uniforms(clock, weights, count)  # nested sites that resample cannot be repeated
         return uniforms, self._replace(drawn=drawn)
 
     def enter_element(self, i: Array, jaxpr: Any) -> "Retained":
@@ -126,6 +127,15 @@ class Retained(NamedTuple):
 
     def leave_plate(self, size: int, jaxpr: Any) -> "Retained":
         return self._replace(drawn=self.drawn.leave_plate(size, jaxpr))
+
+
+def at_points(weights: Array, points: Array) -> Array:
+    """For each point in [0, 1) of the cumulative weights, whose it is: int32[N]. Never one of weight 0."""
+    # float32 prefix sums need not be monotone, and may rise at a weight of 0: only positive weights may move them up
+    cumulative = jax.lax.cummax(jnp.where(weights > 0, jnp.cumsum(weights), 0.0))
+    ancestors = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")
+    last_alive = weights.shape[0] - 1 - jnp.argmax(weights[::-1] > 0)
+    return jnp.minimum(ancestors, last_alive).astype(jnp.int32)
 
 
 def inverse_cdf(weights: Array, u: Array, width: int = 256) -> Array:

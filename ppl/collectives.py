@@ -89,32 +89,30 @@ def spread(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, free(x)), tree)
 
 
-def index() -> Array:
-    """int32[]: which particle this is."""
-    return jax.lax.axis_index(PARTICLES)
-
-
-def size() -> int:
-    """How many particles there are."""
-    return jax.lax.psum(1, PARTICLES)
+def index(axis: str = PARTICLES) -> Array:
+    """int32[]: which particle this is, or which element of another axis."""
+    return jax.lax.axis_index(axis)
 
 
 def anybody(flag: Array, axes: Sequence[str] = (PARTICLES,)) -> Array:
     """bool[], the same for all particles: whether `flag` holds for one of them."""
-    return jax.lax.psum(flag.astype(jnp.int32), tuple(axes)) > 0
+    return jax.lax.psum(flag.astype(jnp.int32), tuple(axes)) > 0 if axes else flag
 
 
 def total(x: Array, axes: Sequence[str] = (PARTICLES,)) -> Array:
     return jax.lax.psum(x, tuple(axes))
 
 
-def gather(x: Array) -> Array:
-    """The values of all particles, on a new leading axis."""
-    return jax.lax.all_gather(x, PARTICLES)
+def gather(x: Array, axis: str = PARTICLES) -> Array:
+    """The values of all particles, or of all elements of another axis, on a new leading axis."""
+    return jax.lax.all_gather(x, axis)
 
 
 def reindex(tree: Any, ancestor: Array) -> Any:
-    """Every leaf as particle number `ancestor` has it; leaves that do not differ between particles stay untouched."""
+    """Every leaf as particle number `ancestor` has it; leaves that do not differ between particles stay untouched.
+
+    The axis is that of the population that resamples: the innermost one along which `ancestor` differs.
+    """
     return jax.tree.map(lambda x: reindex_p.bind(jnp.asarray(x), ancestor), tree)
 
 
@@ -124,9 +122,9 @@ reindex_p.def_abstract_eval(lambda x, ancestor: jax.core.ShapedArray(x.shape, x.
 
 def _batch_reindex(axis_data: Any, args: Any, dims: Any) -> Any:
     (x, ancestor), (x_dim, ancestor_dim) = args, dims
-    if x_dim is None:  # shared by all particles: nothing to move
+    if x_dim is None:  # shared along this axis: nothing to move
         return x, None
-    if ancestor_dim is None:  # another axis than the particles' (a plate): each element moves alike
+    if ancestor_dim is None:  # another axis than the population's (a plate): each element moves alike
         return reindex_p.bind(x, ancestor), x_dim
     return jnp.take(x, ancestor, axis=x_dim, mode="clip"), x_dim
 
@@ -146,7 +144,9 @@ move_p.def_abstract_eval(lambda due, ancestor, *leaves: [jax.core.ShapedArray(x.
 
 
 def _batch_move(axis_data: Any, args: Any, dims: Any) -> Any:
-    (due, ancestor, *leaves), (_, _, *leaf_dims) = args, dims
+    (due, ancestor, *leaves), (_, ancestor_dim, *leaf_dims) = args, dims
+    if ancestor_dim is None:  # another axis than the population's: each element moves alike
+        return move_p.bind(due, ancestor, *leaves), leaf_dims
     own = [jnp.moveaxis(x, d, 0) for x, d in zip(leaves, leaf_dims) if d is not None]
     moved = iter(_moved(due, ancestor, own))
     return [x if d is None else next(moved) for x, d in zip(leaves, leaf_dims)], [None if d is None else 0 for d in leaf_dims]
@@ -162,17 +162,17 @@ def _moved(due: Array, ancestors: Array, leaves: list[Array]) -> list[Array]:
 
 
 @_moved.def_vmap
-def _moved_problems(num_problems: int, batched: Any, due: Array, ancestors: Array, leaves: list[Array]) -> Any:
-    """Of many problems only those that are due are copied, one after the other."""
-    repeat = lambda x, has_axis: x if has_axis else jnp.broadcast_to(x[None], (num_problems, *x.shape))
+def _moved_populations(count: int, batched: Any, due: Array, ancestors: Array, leaves: list[Array]) -> Any:
+    """Of many populations only those that are due are copied, one after the other."""
+    repeat = lambda x, has_axis: x if has_axis else jnp.broadcast_to(x[None], (count, *x.shape))
     due, ancestors, leaves = jax.tree.map(repeat, (due, ancestors, leaves), tuple(batched))
     order = jnp.argsort(~due)
 
-    def one_problem(k: Array, leaves: list[Array]) -> list[Array]:
+    def one_population(k: Array, leaves: list[Array]) -> list[Array]:
         at = order[k]
         return [x.at[at].set(_taken(x[at], ancestors[at])) for x in leaves]
 
-    return jax.lax.fori_loop(0, due.sum(), one_problem, leaves), [True] * len(leaves)
+    return jax.lax.fori_loop(0, due.sum(), one_population, leaves), [True] * len(leaves)
 
 
 def _taken(x: Array, ancestors: Array) -> Array:

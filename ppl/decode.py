@@ -104,7 +104,7 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
     policy, progress = run.policy, run.progress
     moves = weighted({"constraint": constraint, "proposal": proposal, "twist": twist})
     inside = policy is not None and policy.inside_texts and moves
-    me = index() if inside else jnp.int32(0)
+    me = index(cast(Policy, policy).axes[-1]) if inside else jnp.int32(0)
     dead = lambda state: state.log_weight == -jnp.inf  # spends nothing more, whatever follows
     idle = row.finished | ~jnp.asarray(active) | dead(run.state)
     writing = Writing(

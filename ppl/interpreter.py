@@ -20,6 +20,7 @@ from .errors import SiteError, TransformationError
 from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, sites_inside
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
+from .nested import Samples
 from .staging import Staged, need, walks_into
 from .state import Faults, State, no_counts, no_faults, pay, steer, together
 
@@ -241,19 +242,22 @@ class Interpreter:
             self.records[name] = self.frame.put(value), self.frame.put(active)
 
     def plate(
-        self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str, nested: bool = False
+        self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str, ess_threshold: float | None
     ) -> list[Any]:
-        """Walk the body for each element under a `vmap` of its own; their weights add up, or are returned if `nested`."""
+        """Walk the body for each element under a `vmap` of its own; their weights add up. With a threshold the elements are
+        samples, which resample among themselves, and their weights are returned."""
         values = [self.frame.get(c) for c in inputs]
         axis, outer, wants = f"plate{len(self.axes)}", self.state, need(jaxpr, nested=True)
         inside = set(sites_inside(jaxpr))
         twists = {k: v for k, v in outer.log_twists.items() if k in inside}
         given = {k: self.frame.get(c) for k, c in self.given.items() if k in inside}
+        nested = ess_threshold is not None
         if nested and given:
             raise SiteError(
                 f"site {next(iter(given))!r} is inside `ppl.nested` and cannot be given: an estimate has no density"
             )
         active, prompts = self.is_active(), {m: self.read_prompts(m) for m in self.prompts}
+        policy = Samples(ess_threshold, (*self.axes, axis), self.site(name)) if ess_threshold else None
 
         def element(i: Array, values: list[Any], twists: Any, given: Any) -> Any:
             state = outer._replace(
@@ -265,15 +269,18 @@ class Interpreter:
                     for m, (a, lm) in enumerate(zip(outer.arenas, self.models))
                 ),
                 counts=jax.tree.map(jnp.zeros_like, outer.counts),
+                asked=outer.clock,
+                chances=jnp.int32(0),
+                resamplings=None,
             )
-            choices = outer.choices.enter_element(i, jaxpr)
-            body = Interpreter(self.staged, self.consts, self.models, state._replace(choices=choices), given=given)
+            state = state._replace(choices=outer.choices.enter_element(i, jaxpr))
+            body = Interpreter(self.staged, self.consts, self.models, state, given=given, policy=policy)
             body.axes, body.path, body.nested, body.drawn = (*self.axes, axis), (*self.path, i), True, self.drawn
             body.active, body.is_density = body.frame.put(active), self.is_density
             body.prompts = {m: [body.frame.put(p) for p in ps] for m, ps in prompts.items()}
-            out = body.walk(jaxpr, [body.frame.put(v) for v in values])
-            s = body.state
-            return [jnp.asarray(c.value) for c in out], body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock
+            cells = body.walk(jaxpr, [body.frame.put(v) for v in values])
+            out, s = [jnp.asarray(body.frame.get(c)) for c in cells], body.state
+            return out, body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock
 
         out, found, log_weight, twists, faults, counts, clock = jax.vmap(
             element, in_axes=(0, [0 if m else None for m in mapped], 0, 0), axis_name=axis

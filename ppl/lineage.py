@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .choices import Choices
-from .collectives import index, move, reindex
+from .collectives import gather, index, move, reindex
 from .state import Resamplings, State, total_twist
 
 Array = jax.Array
@@ -16,8 +16,15 @@ Array = jax.Array
 class Policy(Protocol):
     """When and how a population resamples. Called by every particle before a draw, where weights have moved."""
 
-    inside_texts: bool
-    """whether to resample between the tokens of a text too"""
+    @property
+    def inside_texts(self) -> bool:
+        """Whether to resample between the tokens of a text too."""
+        ...
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that it runs under, outermost first; the last is that of the population which resamples."""
+        ...
 
     def __call__(self, choices: Choices, clock: Array, chance: Array, log_weight: Array) -> tuple[Array, Array, Array, Choices]:
         """Given how often the population could resample before (`chance`, int32[], shared) and this particle's log-weight,
@@ -64,12 +71,20 @@ def follow_back(rows: Any, maps: Array, me: Array) -> Any:
     return jax.lax.scan(back, me, (rows, maps), reverse=True)[1]
 
 
+def normalised(log_weight: Array, axis: str) -> tuple[Array, Array]:
+    """Everybody's weight float32[N] and the log of their sum; the weights sum to 1, even ones where all are 0."""
+    log_weights = gather(log_weight, axis)
+    total = jax.nn.logsumexp(log_weights)
+    alive = total > -jnp.inf
+    return jnp.where(alive, jnp.exp(log_weights - jnp.where(alive, total, 0.0)), 1 / log_weights.shape[0]), total
+
+
 def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Array]:
     """Let the population resample. Caches and `extra` move only when it does; returns this particle's ancestor."""
     twist = total_twist(state)
     due, ancestor, total, choices = policy(state.choices, state.clock, state.chances, state.log_weight + twist)
     fresh = state.clock != state.asked  # else weights have not moved since, and the same numbers would be drawn again
-    due, ancestor = due & fresh, jnp.where(fresh, ancestor, index())
+    due, ancestor = due & fresh, jnp.where(fresh, ancestor, index(policy.axes[-1]))
     arenas, extra = move(due, (state.arenas, extra), ancestor)
     log_twists = reindex(state.log_twists, ancestor)
     root = reindex(state.root, ancestor)

@@ -113,13 +113,14 @@ def _while(run: "Interpreter", eqn: Any, inputs: list[Cell]) -> Loop:
 def start(run: "Interpreter", loop: Loop) -> Looping:
     """What the first step starts from."""
     run.settle()
-    me = index() if run.policy is not None else jnp.int32(0)
+    me = jnp.int32(0) if run.policy is None else index(run.policy.axes[-1])
     return Looping([jnp.asarray(run.frame.get(c)) for c in loop.carry], me, run.state)
 
 
 def one_step(run: "Interpreter", loop: Loop, looping: Looping, i: Array) -> tuple[Looping, Collected]:
     """Step `i` of a loop, counted from 0, in a frame of its own."""
     within, resamples = set(sites_inside(loop.body)), run.policy is not None
+    me = jnp.int32(0) if run.policy is None else index(run.policy.axes[-1])
     run.state = looping.state
     run.moved = True  # by the step before, or before the loop
     at = loop.length - 1 - i if loop.reverse else i
@@ -130,7 +131,7 @@ def one_step(run: "Interpreter", loop: Loop, looping: Looping, i: Array) -> tupl
         carried, collected = loop.step(run, [run.frame.put(v) for v in looping.carry], at)
         carry = [jnp.asarray(run.frame.get(c)).astype(v.dtype) for c, v in zip(carried, looping.carry)]
         outputs, records = [run.frame.get(c) for c in collected], run.recorded()
-        moved = index() if resamples else jnp.int32(0)
+        moved = me
         for ancestor in run.frame.lineage[start:]:
             moved = reindex(moved, ancestor)
     since = reindex(looping.since, moved) if resamples else looping.since
@@ -143,7 +144,7 @@ def gather(run: "Interpreter", loop: Loop, looping: Looping, collected: Collecte
     run.state, run.moved = looping.state, True
     outputs, records = collected.outputs, collected.records
     if run.policy is not None:
-        outputs, records = follow_back((outputs, records), collected.moved, index())
+        outputs, records = follow_back((outputs, records), collected.moved, index(run.policy.axes[-1]))
         run.frame.lineage.append(looping.since)
     if loop.reverse:
         outputs, records = jax.tree.map(lambda y: y[::-1], (outputs, records))

@@ -144,8 +144,8 @@ features_p = _primitive("features", lambda handle, size, **_: [_aval((size,), "f
 generate_p = _primitive("generate", lambda *operands, max_tokens, **_: [*_text_avals(max_tokens), HANDLE])
 
 
-def _plate_avals(*operands: Any, size: int, jaxpr: Any, nested: bool = False, **_: Any) -> list[Any]:
-    weights = [_aval((size,), jnp.float32)] if nested else []
+def _plate_avals(*operands: Any, size: int, jaxpr: Any, ess_threshold: float | None, **_: Any) -> list[Any]:
+    weights = [] if ess_threshold is None else [_aval((size,), jnp.float32)]
     return [_aval((size, *a.shape), a.dtype) for a in jaxpr.out_avals] + weights
 
 
@@ -325,14 +325,20 @@ def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = No
     return mapped
 
 
-def nested(name: str, fn: Callable[..., Any], *, num_samples: int) -> Callable[..., Any]:
-    """`fn` with its own importance sampler: one draw of what it returns, from its posterior, and its evidence as a weight.
+def nested(name: str, fn: Callable[..., Any], *, num_samples: int, ess_threshold: float = 0.0) -> Callable[..., Any]:
+    """`fn` with its own sampler: one draw of what it returns, from its posterior, and its evidence as a weight.
 
     For each particle the sites of `fn` run `num_samples` times. The log-weight grows by the log of the mean of their weights,
     an unbiased estimate of the evidence of `fn`, and the result of one, drawn by weight, is returned. So the program means the
     same as with `fn` called in its place, for any number of samples (random-weight and nested sequential Monte Carlo:
     Fearnhead, Papaspiliopoulos, Roberts and Stuart 2010; Naesseth, Lindsten and Schon 2015): use it to average over what a
     reward depends on, such as ways to finish a text.
+
+    With an `ess_threshold` the sampler is SMC: a particle's samples resample among themselves (systematically, at sites and
+    inside texts) when their effective sample size falls below `ess_threshold * num_samples`, and twists in `fn` steer them.
+    That pays where `fn` weighs its samples on the way. At 0, the default, it is importance sampling, and twists in `fn` do
+    nothing: a function that weighs once, at its end, has nothing to resample, and only such samples can be repeated by
+    `ParticleGibbs`, as values alone do not tell who was whose ancestor.
 
     Site `name` is the number of the sample that was drawn; values of the sites in `fn` have the samples as leading axis. They
     cannot be given or enumerated: an estimate has no density. Contexts do not leave `fn`. Where every sample has weight 0,
@@ -342,9 +348,13 @@ def nested(name: str, fn: Callable[..., Any], *, num_samples: int) -> Callable[.
     """
     if num_samples < 1:
         raise SiteError(f"nested {name!r}: num_samples must be at least 1, not {num_samples}")
+    if not ess_threshold >= 0:
+        raise SiteError(f"nested {name!r}: ess_threshold must be at least 0, a part of num_samples, not {ess_threshold}")
 
     def estimated(*args: Any) -> Any:
-        out, (log_weights,) = _plate(fn, args, [None] * len(args), num_samples, f"nested {name!r}", f"{site_name(name)}()")
+        out, (log_weights,) = _plate(
+            fn, args, [None] * len(args), num_samples, f"nested {name!r}", f"{site_name(name)}()", float(ess_threshold)
+        )
         log_mean = jax.nn.logsumexp(log_weights) - np.log(num_samples)
         alive = log_mean > -jnp.inf
         which = sample(name, Categorical(logits=jnp.where(alive, log_weights, 0.0)))
@@ -354,8 +364,10 @@ def nested(name: str, fn: Callable[..., Any], *, num_samples: int) -> Callable[.
     return estimated
 
 
-def _plate(fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, nested: str = "") -> tuple[Any, list[Array]]:
-    """`fn` for each of `n` elements, and their log-weights float32[n] where they are `nested` under a name."""
+def _plate(
+    fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, name: str = "vmap()", ess_threshold: float | None = None
+) -> tuple[Any, list[Array]]:
+    """`fn` for each of `n` elements; their log-weights float32[n] where they are samples, which resample by a threshold."""
     element = [jax.tree.map(lambda x: jnp.asarray(x)[0], arg) if a == 0 else arg for a, arg in zip(axes, args)]
     closed, consts, tree = hoist(fn, *element)
     if "Context" in str(tree):
@@ -363,6 +375,6 @@ def _plate(fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, nest
     flat = [(jnp.asarray(x), a) for arg, a in zip(args, axes) for x in jax.tree.leaves(arg)]
     flags = tuple([False] * len(consts) + [a == 0 for _, a in flat])
     operands = (*consts, *[x for x, _ in flat])
-    out = plate_p.bind(*operands, jaxpr=closed, size=n, mapped=flags, name=nested or "vmap()", nested=bool(nested))
+    out = plate_p.bind(*operands, jaxpr=closed, size=n, mapped=flags, name=name, ess_threshold=ess_threshold)
     count = len(closed.out_avals)
     return tree.unflatten(out[:count]), out[count:]

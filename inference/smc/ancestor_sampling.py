@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from latentrace.ppl import loops
-from latentrace.ppl.choices import Choices
-from latentrace.ppl.collectives import gather, index, over_particles, reindex
+from latentrace.ppl.choices import Choices, at_points
+from latentrace.ppl.collectives import PARTICLES, gather, index, over_particles, reindex
 from latentrace.ppl.decode import weighted
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.jaxpr import all_eqns, body_of, inner_jaxprs, scan_of
@@ -30,7 +30,6 @@ from latentrace.ppl.state import Counts, total_twist
 
 from ..chains import Draw, Info, Target
 from .conditional import ConditionalSMC, GibbsState
-from .resampling import at_points
 from .smc import Resample
 
 Array = jax.Array
@@ -51,6 +50,7 @@ class Joining(NamedTuple):
     log_joint: Array
     """float32[]: log density of this particle's past with the retained trace's rest, over the proposal of that past"""
     inside_texts: bool = False
+    axes: tuple[str, ...] = (PARTICLES,)
 
     def __call__(self, choices: Choices, clock: Array, chance: Array, log_weight: Array) -> tuple[Array, Array, Array, Choices]:
         due, ancestor, after, choices = self.conditional(choices, clock, chance, log_weight)
@@ -209,7 +209,7 @@ class AncestorSampling(ConditionalSMC):
 
     def init(self, target: Target, rng_key: Array) -> tuple[GibbsState, Info]:
         plates = [e.params for e in all_eqns(target.staged.jaxpr) if e.primitive is plate_p]
-        for name in [p["name"].removesuffix("()") for p in plates if p["nested"]]:
+        for name in [p["name"].removesuffix("()") for p in plates if p["ess_threshold"] is not None]:
             raise SiteError(
                 f"nested {name!r}: ancestor sampling needs densities, and `ppl.nested` only estimates its own; call its "
                 "function in its place, or leave out ancestor_sampling"

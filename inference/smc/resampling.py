@@ -17,20 +17,12 @@ from typing import ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from latentrace.ppl.choices import at_points
 from latentrace.ppl.errors import SiteError, near_misses
 
 from .triggers import effective_size
 
 Array = jax.Array
-
-
-def at_points(weights: Array, points: Array) -> Array:
-    """For each point in [0, 1) of the cumulative weights, whose it is: int32[N]. Never one of weight 0."""
-    # float32 prefix sums need not be monotone, and may rise at a weight of 0: only positive weights may move them up
-    cumulative = jax.lax.cummax(jnp.where(weights > 0, jnp.cumsum(weights), 0.0))
-    ancestors = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")
-    last_alive = weights.shape[0] - 1 - jnp.argmax(weights[::-1] > 0)
-    return jnp.minimum(ancestors, last_alive).astype(jnp.int32)
 
 
 def repeated(offspring: Array) -> Array:

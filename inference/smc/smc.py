@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from latentrace.ppl import collectives
 from latentrace.ppl.choices import Choices
+from latentrace.ppl.collectives import PARTICLES, index
 from latentrace.ppl.errors import SiteError
+from latentrace.ppl.lineage import normalised
 from latentrace.ppl.run import Settings
 
 from ..anytime import Budget, Checkpoint, run_in_segments
@@ -31,14 +32,12 @@ class Resample(NamedTuple):
     when: Trigger
     resampler: Resampler
     inside_texts: bool
+    axes: tuple[str, ...] = (PARTICLES,)
 
     def __call__(self, choices: Choices, clock: Array, chance: Array, log_weight: Array) -> tuple[Array, Array, Array, Choices]:
-        n, me = collectives.size(), collectives.index()
-        log_weights = collectives.gather(log_weight)
-        total = jax.nn.logsumexp(log_weights)
-        alive = total > -jnp.inf
-        weights = jnp.where(alive, jnp.exp(log_weights - jnp.where(alive, total, 0.0)), 1 / n)
-        due = self.when(chance, weights) & alive
+        weights, total = normalised(log_weight, self.axes[-1])
+        n, me = weights.shape[0], index(self.axes[-1])
+        due = self.when(chance, weights) & (total > -jnp.inf)
         uniforms, choices = choices.uniforms(clock, weights, 1 if self.resampler.single else n)
         after = self.resampler(weights, uniforms)
         ancestor = jnp.where(due, after.ancestors[me], me)

@@ -25,6 +25,7 @@ def make(run):
 
             def rest():
                 end, _ = ppl.generate("end", context, max_tokens=2)
+                ppl.twist("promise", 0.8 * jnp.asarray(REWARD)[end.tokens[0]])
                 bonus = ppl.sample("bonus", dist.Bernoulli(0.3))
                 ppl.factor("reward", jnp.asarray(REWARD)[end.tokens[0]] * (1 + bonus) - 0.4 * i)
                 ppl.condition("not silent", (end.length + line.tokens[0]) > 0)
@@ -38,8 +39,8 @@ def make(run):
     return program
 
 
-def sampled(num_samples):
-    return make(lambda rest: ppl.nested("which", rest, num_samples=num_samples))
+def sampled(num_samples, **options):
+    return make(lambda rest: ppl.nested("which", rest, num_samples=num_samples, **options))
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +50,19 @@ def exact():
     return posterior.log_evidence, measure
 
 
-@pytest.mark.parametrize("num_samples", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("threshold", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
-def test_the_target_is_that_of_the_function_itself(num_samples, threshold, exact):
+SLOW = [(1, 0.0, 0.0), (4, 0.0, 0.0), (1, 0.9, 0.0), (4, 0.0, 0.9), (4, 0.9, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "threshold", "inner"), [(4, 0.9, 0.9), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_the_target_is_that_of_the_function_itself(num_samples, threshold, inner, exact):
+    program = sampled(num_samples, ess_threshold=inner)
     log_evidence, target = exact
     likely = sorted(target, key=target.get)[-4:]
     estimates = []
     for seed in range(SEEDS):
-        posterior = inference.SMC(400, threshold).run(jax.random.key(seed), sampled(num_samples))
+        posterior = inference.SMC(400, threshold).run(jax.random.key(seed), program)
         measure = programs.measure(zip(np.asarray(posterior.returned), posterior.weights))
         assert set(measure) <= set(target)
         ratio = np.exp(posterior.log_evidence - log_evidence)

@@ -10,6 +10,9 @@ import programs
 import pytest
 
 from latentrace import inference, models, ppl
+from latentrace.inference.chains import Draw, Target
+from latentrace.inference.smc.ancestor_sampling import AncestorSampling
+from latentrace.inference.smc.conditional import GibbsState
 from latentrace.ppl.staging import stage
 
 run = importlib.import_module("latentrace.ppl.run")
@@ -156,23 +159,43 @@ def test_scopes_are_seen_by_jitted_helpers():
     assert set(inference.SMC(2).run(jax.random.key(0), scoped).values) == {"one/z", "two/z"}
 
 
-def peak_memory(num_particles: int, prompt: int) -> int:
+def peak_memory(kind: str, num_particles: int, prompt: int) -> int:
     """Bytes of everything that a compiled run of a model with a wide cache holds at once."""
     lm = programs.wide_cache_model()
-    ids = [1] * prompt
-    fn = ppl.program(lambda: ppl.generate("x", ppl.prompt(lm, ids), max_tokens=4, twist=lambda t: 0.1 * t.length)[0].tokens)
+    ids, texts = [1] * prompt, "xy" if kind == "ancestor sampling" else "x"
+
+    def fn():
+        context = ppl.prompt(lm, ids)
+        for name in texts:
+            write = lambda name=name: ppl.generate(name, context, max_tokens=4, twist=lambda t: 0.1 * t.length)[0].tokens
+            if kind == "nested":
+                write = ppl.nested(f"which {name}", write, num_samples=4, ess_threshold=1.1)
+            ppl.factor(f"reward of {name}", 0.1 * write().sum())
+
     staged = stage(fn, ())
-    policy = inference.SMC(num_particles, ess_threshold=1.1).policy()
-    call = jax.jit(run.runner(staged, run.Settings(num_particles, policy=policy)))
-    args = (jax.random.key(0), jnp.int32(0), run.arrays_of(staged), {}, {})
+    if kind == "ancestor sampling":
+        kernel = AncestorSampling(num_particles, ess_threshold=1.1)
+        trace = {name: jnp.zeros(4, jnp.int32) for name in texts}
+        draw = Draw({k: (v,) for k, v in trace.items()}, dict.fromkeys(trace, jnp.asarray(True)), [])
+        skeleton = staged.skeleton()
+        step = lambda key, arrays: kernel.step(Target(skeleton, arrays, {}), key, GibbsState(draw))
+        call, args = jax.jit(step), (jax.random.key(0), run.arrays_of(staged))
+    else:
+        policy = inference.SMC(num_particles, ess_threshold=1.1).policy()
+        call = jax.jit(run.runner(staged, run.Settings(num_particles, policy=policy)))
+        args = (jax.random.key(0), jnp.int32(0), run.arrays_of(staged), {}, {})
     memory = call.lower(*args).compile().memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
-def test_memory_of_the_prompt_does_not_grow_with_the_particles():
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("nested", "ancestor sampling")]
+
+
+@pytest.mark.parametrize("kind", ["SMC", *SLOW])
+def test_memory_of_the_prompt_does_not_grow_with_the_particles(kind):
     few, many = 2, 32
     prompt_bytes = 1000 * programs.WIDTH * 4  # what 1,000 more tokens of the prompt take, once
     long_, short = 1024, 24
-    growth = {n: peak_memory(n, long_) - peak_memory(n, short) for n in (few, many)}
+    growth = {n: peak_memory(kind, n, long_) - peak_memory(kind, n, short) for n in (few, many)}
     assert growth[few] > 0.5 * prompt_bytes
     assert growth[many] < growth[few] + 2 * prompt_bytes  # a copy for each would be 30 more
