@@ -27,7 +27,7 @@ from latentrace.ppl.run import (
     runner,
 )
 from latentrace.ppl.sites import generate_p, sample_p
-from latentrace.ppl.staging import Staged
+from latentrace.ppl.staging import Staged, check_repeatable
 from latentrace.ppl.state import Counts, Faults, together
 
 from .driver import ledger_of, prepare, wants_progress
@@ -114,6 +114,11 @@ class Kernel(Protocol):
         """The random sites that it names."""
         ...
 
+    @property
+    def repeats(self) -> bool:
+        """Whether it runs a population in which one particle repeats the chain's trace."""
+        ...
+
     def init(self, target: Target, rng_key: Array) -> tuple[Any, Info]:
         """A first state; `Info.accepted` is 0 where none of positive density was found."""
         ...
@@ -142,6 +147,8 @@ def run_chains(
     staged, given = prepare(program, args)
     values, arrays, skeleton = given_arrays(staged, given), arrays_of(staged), staged.skeleton()
     random = Target(skeleton, arrays, values).random
+    if kernel.repeats:
+        check_repeatable(staged, values)
     for name in kernel.sites:
         if name not in random:
             raise SiteNameError(f"no random site {name!r} to move: {near_misses(name, random)}")

@@ -3,7 +3,7 @@
 from . import constraints, errors, proposals
 from .language_model import Block, LanguageModel, Memory
 from .program import Program, Trace, program
-from .proposals import AllowedTokens, Constraint
+from .proposals import AllowedTokens, Constraint, LearnedTwist, TokenCheck
 from .sites import bound, condition, deterministic, factor, nested, observe, sample, scope, twist, vmap
 from .text import Context, Text, extend, features, generate, prompt, score, tokens
 
@@ -13,9 +13,11 @@ __all__ = [
     "Constraint",
     "Context",
     "LanguageModel",
+    "LearnedTwist",
     "Memory",
     "Program",
     "Text",
+    "TokenCheck",
     "Trace",
     "bound",
     "condition",

@@ -1,6 +1,6 @@
 """Staging: from a Python function to a jaxpr in which sites are equations, and what can be read off it before it runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from . import numpyro_bridge
 from .errors import SiteError, SiteNameError, near_misses
 from .jaxpr import CALLS, all_eqns, body_of, called_jaxpr, inner_jaxprs, is_site, scan_of, structural_key
 from .language_model import LanguageModel
-from .proposals import has_potentials
+from .proposals import checks_tokens, has_potentials
 from .sites import (
     CONTEXT_SITES,
     NAMED_SITES,
@@ -55,6 +55,8 @@ class Site:
     """length of each enclosing loop and plate: leading axes of its value"""
     model: int | None = None
     max_tokens: int = 0
+    draft: int | None = None
+    """the model of a text's draft"""
     out: tuple[tuple[int, ...], str] | None = None
     """shape and dtype of a `sample` site's value"""
 
@@ -156,7 +158,8 @@ def _sites(closed: Any) -> dict[str, Site]:
             p, inside = eqn.params, dims
             if is_site(eqn) and (name := p.get("name")):
                 number = sites[name].number if name in sites else len(sites)
-                site = Site(name, eqn.primitive.name, number, dims, p.get("model"), p.get("max_tokens", 0), p.get("out"))
+                about = p.get("model"), p.get("max_tokens", 0), p.get("draft"), p.get("out")
+                site = Site(name, eqn.primitive.name, number, dims, *about)
                 if sites.setdefault(name, site) != site and eqn.primitive in VALUE_SITES:
                     raise SiteError(
                         f"site {name!r} stands in exclusive branches with values of different kinds or shapes; give them "
@@ -214,7 +217,7 @@ def _twists(closed: Any, plates: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 def _steers(generate: dict[str, Any]) -> bool:
     """Whether a `generate` equation with these parameters moves a twist inside its text."""
-    return generate["twist"] is not None or has_potentials(generate["constraint"])
+    return generate["twist"] is not None or has_potentials(generate["constraint"]) or has_potentials(generate["head"])
 
 
 def need(closed: Any, *, nested: bool = False) -> Need:
@@ -227,6 +230,8 @@ def need(closed: Any, *, nested: bool = False) -> Need:
             if eqn.primitive is prompt_p and not nested:
                 slots = 0  # a prompt outside of loops has a block of its own
             total += Need({m: 1}, {m: slots})
+            if (drafter := p.get("draft")) is not None:  # which grows as the text does, if only inside it
+                total += Need({}, {drafter: slots})
         elif eqn.primitive is features_p:
             total += Need({}, {eqn.params["model"]: 1})
         elif eqn.primitive is plate_p:
@@ -268,6 +273,16 @@ def check_given(staged: Staged, given: Mapping[str, Any]) -> None:
             kind = staged.sites[name].kind if name in staged.sites else None
             what = f"is a {kind} site, which has no value to give" if kind else "does not exist"
             raise SiteNameError(f"site {name!r} {what}; {near_misses(name, random)}")
+
+
+def check_repeatable(staged: Staged, given: Collection[str]) -> None:
+    """`SiteError` unless one particle of a population can repeat a trace, with the weights that it had."""
+    for eqn in all_eqns(staged.jaxpr):
+        if eqn.primitive is generate_p and eqn.params["name"] not in given and checks_tokens(eqn.params["constraint"]):
+            raise SiteError(
+                f"site {eqn.params['name']!r}: its constraint is asked about one token at a time (`allows`), so its weight is "
+                "random and a trace through it cannot be repeated; give the constraint a `mask`, or take SMC or PMMH"
+            )
 
 
 def value_sites(staged: Staged) -> list[Site]:

@@ -59,6 +59,10 @@ class ConditionalSMC:
     parameters: ValueProposal | None = None
 
     @property
+    def repeats(self) -> bool:
+        return True
+
+    @property
     def sites(self) -> tuple[str, ...]:
         return () if self.parameters is None else self.parameters.sites
 

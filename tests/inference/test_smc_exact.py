@@ -33,6 +33,7 @@ class World(NamedTuple):
     """The choices of one particle in one world: digits of its own, and of resamplings, which all particles share."""
 
     own: Any
+    """a number of mixed radix, of as many digits as there are draws"""
     shared: Any
     log_p_own: Any
     log_p_shared: Any
@@ -43,10 +44,13 @@ class World(NamedTuple):
         return None
 
     def _choose(self, logits):
-        digit = self.own % len(logits)
-        possible = logits.max() > -jnp.inf  # where no token is, the particle is dead and any token will do
-        paid = jax.nn.log_softmax(jnp.where(possible, logits, 0.0))[digit]
-        return digit, self._replace(own=self.own // len(logits), log_p_own=self.log_p_own + paid)
+        """The digit counts what is possible; where nothing is, the particle is dead and anything will do."""
+        logits = jnp.where(logits.max() > -jnp.inf, logits, 0.0)
+        possible = logits > -jnp.inf
+        radix = possible.sum()
+        choice = jnp.argmax(jnp.cumsum(possible) > self.own % radix).astype(jnp.int32)
+        log_p = self.log_p_own + jax.nn.log_softmax(logits)[choice]
+        return choice, self._replace(own=self.own // radix, log_p_own=log_p)
 
     def value(self, site, distribution):
         support = distribution.enumerate_support()
