@@ -15,10 +15,9 @@ from scipy import stats
 from tqdm import tqdm
 
 from latentrace.ppl.errors import SiteError
-from latentrace.ppl.jaxpr import all_eqns
 from latentrace.ppl.program import Program, as_program
 from latentrace.ppl.sites import factor_p, generate_p, observe_p, sample_p, score_p
-from latentrace.ppl.staging import check_given, stage
+from latentrace.ppl.staging import check_given, stage, trace_eqns
 
 from .driver import wants_progress
 from .importance import ImportanceSampling
@@ -256,7 +255,7 @@ def check_simulable(program: Program, args: Sequence[Any], observed: Sequence[st
         raise SiteError(f"calibration simulates every site, but {', '.join(map(repr, program.given))} has a given value")
     staged = stage(program.fn, tuple(args))
     none = jax.tree.structure(None)
-    for eqn in all_eqns(staged.jaxpr):
+    for eqn in trace_eqns(staged.jaxpr):
         site, p = eqn.params.get("name"), eqn.params
         if eqn.primitive in (observe_p, score_p):
             raise SiteError(

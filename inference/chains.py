@@ -26,8 +26,8 @@ from latentrace.ppl.run import (
     label_values,
     runner,
 )
-from latentrace.ppl.sites import generate_p, sample_p
-from latentrace.ppl.staging import Staged, check_repeatable
+from latentrace.ppl.sites import generate_p
+from latentrace.ppl.staging import Staged, check_repeatable, random_sites
 from latentrace.ppl.state import Counts, Faults, together
 
 from .driver import ledger_of, prepare, wants_progress
@@ -64,8 +64,7 @@ class Target(NamedTuple):
     @property
     def random(self) -> list[str]:
         """The random sites whose values are not given."""
-        kinds = (sample_p.name, generate_p.name)
-        return [s.name for s in self.staged.sites.values() if s.kind in kinds and s.name not in self.given]
+        return [name for name in random_sites(self.staged) if name not in self.given]
 
     def population(
         self, rng_key: Array, settings: Settings, given: Mapping[str, Array] = {}, trace: dict[str, Array] | None = None

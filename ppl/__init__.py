@@ -4,7 +4,7 @@ from . import constraints, errors, proposals
 from .language_model import Block, LanguageModel, Memory
 from .program import Program, Trace, program
 from .proposals import AllowedTokens, Constraint, LearnedTwist, TokenCheck
-from .sites import bound, condition, deterministic, factor, nested, observe, sample, scope, twist, vmap
+from .sites import bound, condition, deterministic, factor, lookahead, nested, observe, sample, scope, twist, vmap
 from .text import Context, Text, extend, features, generate, prompt, score, tokens
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "factor",
     "features",
     "generate",
+    "lookahead",
     "nested",
     "observe",
     "program",

@@ -20,7 +20,7 @@ from .errors import SiteError, TransformationError
 from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, consts_of, is_site, sites_inside
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
-from .staging import Staged, need, walks_into
+from .staging import Staged, need, random_sites, walks_into
 from .state import Faults, State, no_counts, no_faults, pay, steer, together
 
 Array = jax.Array
@@ -42,6 +42,7 @@ class Interpreter:
     ):
         self.staged, self.consts, self.models, self.state = staged, consts, models, state
         self.policy, self.progress = policy, progress
+        self.steered = policy is not None  # somebody resamples, be it outside of a plate, so that twists have an effect
         self.frame = Frame()
         self.moved = False  # whether weights have moved since the population could last resample
         self.axes: tuple[str, ...] = (PARTICLES,)
@@ -51,9 +52,7 @@ class Interpreter:
         self.given = {k: self.frame.put(v) for k, v in (given or {}).items()}
         self.prompts: dict[int, list[Cell]] = {m: [] for m in range(len(models))}
         self.records: dict[str, tuple[Cell, Cell]] = {}
-        random = (sites.sample_p, sites.generate_p)
-        drawn = any(e.primitive in random and e.params["name"] not in self.given for e in all_eqns(staged.jaxpr))
-        self.is_density = policy is None and not drawn
+        self.is_density = policy is None and all(name in self.given for name in random_sites(staged))
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -86,6 +85,8 @@ class Interpreter:
         """Whether an equation draws something, and leaves it to us to let the population resample first."""
         if eqn.primitive not in (sites.sample_p, sites.generate_p, sites.plate_p) or eqn.params["name"] in self.given:
             return False
+        if eqn.primitive is sites.plate_p and eqn.params["role"] == sites.LOOKAHEAD:
+            return False  # it makes the twist by which to resample
         inside = self.policy is not None and self.policy.inside_texts
         return not (inside and eqn.primitive is sites.generate_p and decode.weighted(eqn.params))
 
@@ -237,20 +238,24 @@ class Interpreter:
                 value, active = jax.tree.map(pick, value, before), active | was_active
             self.records[name] = self.frame.put(value), self.frame.put(active)
 
-    def plate(
-        self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str, nested: bool = False
-    ) -> list[Any]:
-        """Walk the body for each element under a `vmap` of its own; their weights add up, or are returned if `nested`."""
+    def plate(self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str, role: str) -> list[Any]:
+        """Walk the body for each element under a `vmap` of its own. Their weights add up, or are returned where they are
+        samples of an estimate; those of a twist leave nothing else behind."""
+        is_part, is_rollout = role == sites.PLATE, role == sites.LOOKAHEAD
+        if is_rollout and not self.steered:
+            return [jnp.zeros(size, jnp.float32)]
         values = [self.frame.get(c) for c in inputs]
         axis, outer, wants = f"plate{len(self.axes)}", self.state, need(jaxpr, nested=True)
         inside = set(sites_inside(jaxpr))
         twists = {k: v for k, v in outer.log_twists.items() if k in inside}
         given = {k: self.frame.get(c) for k, c in self.given.items() if k in inside}
-        if nested and given:
+        if given and not is_part:
             raise SiteError(
                 f"site {next(iter(given))!r} is inside `ppl.nested` and cannot be given: an estimate has no density"
             )
         active, prompts = self.is_active(), {m: self.read_prompts(m) for m in self.prompts}
+        if is_rollout:
+            active &= outer.log_weight > -jnp.inf
 
         def element(i: Array, values: list[Any], twists: Any, given: Any) -> Any:
             state = outer._replace(
@@ -267,24 +272,27 @@ class Interpreter:
             body = Interpreter(self.staged, self.consts, self.models, state._replace(choices=choices), given=given)
             body.axes, body.path, body.nested = (*self.axes, axis), (*self.path, i), True
             body.active, body.is_density = body.frame.put(active), self.is_density
+            body.steered = self.steered and is_part
             body.prompts = {m: [body.frame.put(p) for p in ps] for m, ps in prompts.items()}
             out = body.walk(jaxpr, [body.frame.put(v) for v in values])
             s = body.state
-            return [jnp.asarray(c.value) for c in out], body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock
+            values = [jnp.asarray(c.value) for c in out]
+            return values, body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock, s.choices
 
-        out, found, log_weight, twists, faults, counts, clock = jax.vmap(
+        out, found, log_weight, twists, faults, counts, clock, choices = jax.vmap(
             element, in_axes=(0, [0 if m else None for m in mapped], 0, 0), axis_name=axis
         )(jnp.arange(size, dtype=jnp.int32), values, twists, given)
         self.state = outer._replace(
-            choices=outer.choices.leave_plate(size, jaxpr),
-            log_twists=outer.log_twists if nested else {**outer.log_twists, **twists},
-            faults=merge_faults(faults, outer),
+            choices=outer.choices.leave_plate(size, jaxpr, choices),
+            log_twists={**outer.log_twists, **twists} if is_part else outer.log_twists,
+            faults=merge_faults(faults, outer, is_rollout),
             counts=jax.tree.map(lambda new, old: old + new.sum(), counts, outer.counts)._replace(
                 model_calls=outer.counts.model_calls + counts.model_calls.max()),
             clock=clock.max(),
         )  # fmt: skip
-        self.merge_records(found)
-        if nested:  # for `ppl.nested` to pay
+        if not is_rollout:
+            self.merge_records(found)
+        if not is_part:  # for `ppl.nested` to pay, or to be the twist of `ppl.lookahead`
             return [*out, log_weight]
         # deaths inside are already noted there; the sum itself belongs to no one site
         self.state = self.state._replace(log_weight=outer.log_weight + jnp.where(active, log_weight.sum(), 0.0))
@@ -293,10 +301,13 @@ class Interpreter:
         return [self.frame.get(c) for c in cells]
 
 
-def merge_faults(faults: Faults, outer: State) -> Faults:
-    """What went wrong in a plate's elements; in a particle that was dead before, nothing counts."""
-    alive = outer.log_weight > -jnp.inf
-    return jax.tree.map(lambda new, old: jnp.where(alive, new, old), together(faults), outer.faults)
+def merge_faults(faults: Faults, outer: State, are_rollouts: bool) -> Faults:
+    """What went wrong in a plate's elements; in a particle that was dead before, nothing counts. A rollout may die, and leave
+    out what it likes."""
+    alive, found, before = outer.log_weight > -jnp.inf, together(faults), outer.faults
+    if are_rollouts:
+        found = found._replace(died=before.died, died_at=before.died_at, restricted=before.restricted)
+    return jax.tree.map(lambda new, old: jnp.where(alive, new, old), found, before)
 
 
 def first_state(staged: Staged, models: list[Any], choices: Any) -> State:

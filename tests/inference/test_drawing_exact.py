@@ -1,5 +1,5 @@
-"""Every way to draw tokens keeps SMC exactly unbiased: drafts of other models and rejection sampling, by enumeration of all
-draws that the algorithm makes, those inside a search for an allowed token included."""
+"""Every way to draw tokens keeps SMC exactly unbiased: drafts of other models, rejection sampling and learned twists, by
+enumeration of all draws that the algorithm makes, those inside a search for an allowed token included."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import programs
 import pytest
 
 from latentrace import inference, ppl
+from latentrace.ppl.language_model import empty_memory
 
 from .test_smc_exact import EOS, LM, PROMISE, REWARD, V, estimated_measure
 
@@ -196,6 +197,80 @@ def checked_branch_density(path):
     return k, y
 
 
+# --- twists that read features ------------------------------------------------------------------------------------------
+
+
+def arbitrary_head(lm, hidden=()):
+    """Parameters that nobody has fitted."""
+    head = ppl.proposals.twist_head(jax.random.key(1), lm, hidden)
+    last = 1.3 * jax.random.normal(jax.random.key(2), head.kernels[-1].shape)
+    return ppl.proposals.TwistHead((*head.kernels[:-1], last), (*head.biases[:-1], jnp.array([0.4, -0.7, 0.9])))
+
+
+class Potentials(NamedTuple):
+    """A constraint with potentials of its own, to which the head's are added."""
+
+    log_psi: Any
+
+    def start(self, max_tokens):
+        return jnp.int32(V)
+
+    def mask(self, state):
+        return jnp.array([True, True, False]) | (state < V)
+
+    def log_potentials(self, state):
+        return jnp.where(self.mask(state), self.log_psi[state], -jnp.inf)
+
+    def next(self, state, token):
+        return token.astype(jnp.int32)
+
+
+def headed():
+    """Beside potentials of a constraint and a proposal; texts end by EOS, by `until`, and by being cut."""
+    x, context = ppl.generate(
+        "x",
+        ppl.prompt(LM),
+        max_tokens=2,
+        until=1,
+        constraint=Potentials(jnp.asarray(LOG_PSI)),
+        proposal=ppl.proposals.temperature(1.3),
+        twist=arbitrary_head(LM, (4,)),
+    )
+    y, _ = ppl.generate("y", context, max_tokens=1)
+    ppl.factor("reward", jnp.asarray(REWARD)[x.tokens].sum() + 0.5 * y.tokens[0])
+    return jnp.concatenate([x.tokens, y.tokens])
+
+
+def headed_density(path):
+    text = path.text(LM, (), 2, stop=lambda text: text[-1] == 1)
+    x = programs.padded(text, 2, EOS)
+    y = EOS if text[-1] == EOS else path.text(LM, text, 1)[0]
+    rewarded(path, *x)
+    path.weigh(np.exp(0.5 * y) * (text[0] != 2))
+    return *x, y
+
+
+def headed_in_a_loop():
+    """Alone, on a model whose features are beliefs, read for other ends too."""
+
+    def step(context, i):
+        text, context = ppl.generate("x", context, max_tokens=1, twist=arbitrary_head(HIDDEN))
+        ppl.factor("reward", jnp.asarray(REWARD)[text.tokens[0]] * (1 + i) + 0.3 * ppl.features(context)[0])
+        return context, text.tokens[0]
+
+    return jax.lax.scan(step, ppl.prompt(HIDDEN), jnp.arange(2))[1]
+
+
+def headed_in_a_loop_density(path):
+    text = path.text(HIDDEN, (), 2)
+    tokens = programs.padded(text, 2, EOS)
+    for i, token in enumerate(tokens):
+        seen = [HIDDEN.start_id, *text[: i + 1]]
+        features = HIDDEN.forward(jnp.array(seen), empty_memory())[0]
+        path.weigh(np.exp(REWARD[token] * (1 + i) + 0.3 * float(features[-1, 0])))
+    return tokens
+
+
 THRESHOLDS = (0.0, 0.8, 1.1)
 ONE_SEARCH = 3 * 3 * 2
 """Most ways to find two allowed ones of three tokens: each rejection leaves one less."""
@@ -207,6 +282,8 @@ CASES: dict[str, tuple[Any, Any, int, int, bool]] = {
     "checked": (checked, checked_density, ONE_SEARCH**2, 2, True),
     "checked, with draft and potentials": (checked_with_all, checked_with_all_density, 9 * ONE_SEARCH, 2, True),
     "checked branch": (checked_branch, checked_branch_density, 2 * ONE_SEARCH, 2, True),
+    "learned twist": (headed, headed_density, V**3, 4, True),
+    "learned twist in a loop": (headed_in_a_loop, headed_in_a_loop_density, V**2, 2, True),
 }
 
 

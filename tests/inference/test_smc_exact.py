@@ -94,7 +94,7 @@ def boundaries(scheme, weights):
 
 
 def estimated_measure(
-    program, own: int, shared: int, inside_texts: bool, thresholds, scheme="systematic"
+    program, own: int, shared: int, inside_texts: bool, thresholds, scheme="systematic", world_type=World
 ) -> tuple[np.ndarray, list[dict]]:
     """For each threshold, the sum of P(world), and of P(world) * Z_hat * weight over each trace.
 
@@ -108,7 +108,7 @@ def estimated_measure(
 
         def one_particle(_):
             zero = jnp.float32(0)
-            choices = World(world // own ** index() % own, world // own**N, zero, zero, (zero,) * CODES[scheme])
+            choices = world_type(world // own ** index() % own, world // own**N, zero, zero, (zero,) * CODES[scheme])
             state = first_state(staged, staged.models, choices)
             run = Interpreter(staged, consts, staged.models, state, policy=policy)
             cells = run.walk(staged.jaxpr, [])
