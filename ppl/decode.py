@@ -8,7 +8,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from .arena import Prompt, Row, add_row, append, read_pending, read_row, take
 from .collectives import anybody, index, reindex
-from .drawing import Next, draw, read_options
+from .drawing import Drawn, Next, Options, draw, read_options
 from .language_model import token_log_probs
 from .lineage import Policy, resample
 from .proposals import checks_tokens
@@ -34,6 +34,30 @@ class Writing(NamedTuple):
     log_probs: Array
     stop_state: Array
     constraint_state: Any
+
+    def followed_by(self, drawn: Drawn, step: Array, row: Row, draft: Row | None, options: Options, eos_id: int) -> "Writing":
+        """The text with token number `step`, unless it is done; `row` and `draft` have read what comes before it."""
+        live, token = ~self.done, drawn.token
+        ends = token == eos_id
+        stop_state, stops = options.stops(self.stop_state, token)
+        ended = live & (ends | stops)
+        put = lambda x, value: x.at[step].set(jnp.where(live, value, x[step]))
+        read = lambda row: row._replace(pending=jnp.where(live, token, row.pending))
+        constraint_state = self.constraint_state
+        if options.constraint is not None:
+            keep = lambda new, old: jnp.where(live, new, old)
+            constraint_state = jax.tree.map(keep, options.constraint.next(constraint_state, token), constraint_state)
+        return Writing(
+            row=read(row)._replace(finished=jnp.where(live, ends, row.finished)),
+            draft=None if draft is None else read(draft),
+            tokens=put(self.tokens, token),
+            length=self.length + live,
+            ended=self.ended | ended,
+            done=self.done | ended | (step + 1 >= self.tokens.shape[0]),
+            log_probs=put(self.log_probs, drawn.log_p),
+            stop_state=stop_state,
+            constraint_state=constraint_state,
+        )
 
 
 def weighted(params: dict[str, Any]) -> bool:
@@ -87,27 +111,7 @@ def decode(
             drafted = side_by_side(run.models[drafter].unembed(foreseen)[0])
         now = Next(logits, drafted, features[0], w.constraint_state, live)
         drawn, choices = draw(state.choices, site, step, now, here, run.axes)
-        token, log_p = drawn.token, drawn.log_p
-        follow = lambda row: row._replace(pending=jnp.where(live, token, row.pending))
-        ends = token == lm.eos_id
-        stop_state, stops = here.stops(w.stop_state, token)
-        ended = live & (ends | stops)
-        put = lambda x, value: x.at[step].set(jnp.where(live, value, x[step]))
-        constraint_state = w.constraint_state
-        if here.constraint is not None:
-            keep = lambda new, old: jnp.where(live, new, old)
-            constraint_state = jax.tree.map(keep, here.constraint.next(w.constraint_state, token), w.constraint_state)
-        w = Writing(
-            row=follow(row)._replace(finished=jnp.where(live, ends, row.finished)),
-            draft=None if draft is None else follow(draft),
-            tokens=put(w.tokens, token),
-            length=w.length + live,
-            ended=w.ended | ended,
-            done=w.done | ended | (step + 1 >= max_tokens),
-            log_probs=put(w.log_probs, log_p),
-            stop_state=stop_state,
-            constraint_state=constraint_state,
-        )
+        w = w.followed_by(drawn, step, row, draft, here, lm.eos_id)
         asked = state.counts.potentials + drawn.checks
         counts = state.counts._replace(generated=state.counts.generated + live, potentials=asked)
         faults = state.faults._replace(restricted=state.faults.restricted | (live & drawn.restricted))
@@ -117,7 +121,7 @@ def decode(
             over |= draft.position + 1 > run.models[drafter].max_length
         state = note_overflow(state, number, live & over)
         # without a proposal nothing is paid, but a model that answers NaN is noted
-        ratio = log_p - drawn.log_q if moves else jnp.where(jnp.isnan(log_p), jnp.nan, 0.0)
+        ratio = drawn.log_p - drawn.log_q if moves else jnp.where(jnp.isnan(drawn.log_p), jnp.nan, 0.0)
         state = pay(state, number, ratio, live)._replace(clock=state.clock + 1)
         if options.steers:
             log_psi = jnp.where(w.done, 0.0, drawn.log_psi)  # the text is over: its potential is taken back

@@ -93,14 +93,10 @@ def _open(closed: Any) -> Any:
     return getattr(closed, "jaxpr", closed)
 
 
-GROUPS = ("until", "constraint", "proposal", "draft", "twist", "head")
-"""The operands of a `generate` equation after its context's handle, in this order."""
-
-
 def read_options(operands: tuple[Array, ...], parts: dict[str, Any]) -> Options:
     """The options of a `generate` equation, from its operands after the first and its parameters."""
     groups, start = {}, 0
-    for name, n in zip(GROUPS, parts["counts"]):
+    for name, n in parts["counts"]:
         groups[name] = operands[start : start + n]
         start += n
     only = lambda group: group[0] if group else None

@@ -211,21 +211,21 @@ def generate(
     proposal_jaxpr, proposal_operands = _stage_proposal(full, lm, proposal if draft is None else draft.then)
     head = _checked_head(full, lm, twist) if has_potentials(twist) else None
     twist_jaxpr, twist_operands = _stage_twist(full, lm, int(max_tokens), twist if head is None else None)
-    groups = [  # in the order of `drawing.GROUPS`
-        [] if table is None else [jnp.asarray(table)],
-        jax.tree.leaves(constraint),
-        proposal_operands,
-        [] if draft is None else [draft.context.handle],
-        twist_operands,
-        jax.tree.leaves(head),
-    ]
+    operands: dict[str, list[Any]] = {
+        "until": [] if table is None else [jnp.asarray(table)],
+        "constraint": jax.tree.leaves(constraint),
+        "proposal": proposal_operands,
+        "draft": [] if draft is None else [draft.context.handle],
+        "twist": twist_operands,
+        "head": jax.tree.leaves(head),
+    }
     out = generate_p.bind(
         context.handle,
-        *(x for group in groups for x in group),
+        *(x for group in operands.values() for x in group),
         name=full,
         model=model_number(lm),
         max_tokens=int(max_tokens),
-        counts=tuple(map(len, groups)),
+        counts=tuple((part, len(group)) for part, group in operands.items()),
         constraint=jax.tree.structure(constraint),
         proposal=proposal_jaxpr,
         draft=None if draft is None else model_number(draft.context.lm),

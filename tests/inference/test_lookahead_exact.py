@@ -11,6 +11,7 @@ import pytest
 from latentrace import inference, ppl
 from latentrace.ppl import errors
 
+from . import test_particle_gibbs
 from .test_smc_exact import EOS, LM, REWARD, V, World, estimated_measure
 
 KEY = jax.random.key(0)
@@ -139,18 +140,21 @@ def test_rollouts_count_and_leave_no_trace():
     assert not posterior.restricted
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("samples", [1, 8])
-def test_a_chain_draws_rollouts_anew(samples):
-    """Particle Gibbs repeats the trace, and the rollouts are drawn again given it."""
-    program = ppl.program(in_a_loop(samples))
-    posterior = inference.ParticleGibbs(6, 3000).run(KEY, program)
-    target = programs.measure(programs.paths(loop_density))
-    truth = sum(p for (a, _), p in target.items() if a == 1) / sum(target.values())
-    holds = (np.asarray(posterior.returned)[:, 0] == 1).astype(float)
-    error = posterior.error(holds)
-    assert 0 < error < 0.02
-    assert abs(holds.mean() - truth) < 5 * error
+class Conditional(test_particle_gibbs.World):
+    """The choices of both particles of conditional SMC: the retained one draws its rollouts anew."""
+
+    enter_element, leave_plate = WithRollouts.enter_element, WithRollouts.leave_plate
+
+
+def test_conditional_smc_leaves_the_posterior_invariant():
+    """Rollouts are drawn again given the trace that is repeated."""
+    target = {x: p for x, p in programs.measure(programs.paths(loop_density)).items() if p > 0}
+    names, posterior = list(target), np.array(list(target.values())) / sum(target.values())
+    retained = {"line": jnp.asarray(np.array(names)[:, :, None], jnp.int32)}
+    found = test_particle_gibbs.kernel(
+        in_a_loop(), retained, V**4, 2, True, 1.1, "multinomial", world_type=Conditional, repeats=V**4
+    )
+    test_particle_gibbs.check_invariance(names, posterior, *found)
 
 
 def test_rollouts_in_plates_and_nested_samplers():
