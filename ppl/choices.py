@@ -18,7 +18,7 @@ class SiteRef(NamedTuple):
 
     name: str
     path: tuple[Any, ...] = ()
-    """int32[] index of each enclosing loop or plate, outermost first"""
+    """int32[] index of each enclosing loop or plate, outermost first, and the number of a draw within a search"""
 
 
 class Spec(NamedTuple):

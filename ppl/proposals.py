@@ -126,6 +126,32 @@ class Potentials(Constraint, Protocol):
         ...
 
 
+class TokenCheck(Protocol):
+    """A constraint that is asked about one token at a time, in place of `mask`, because it is costly.
+
+    `generate` draws from the proposal until a token is allowed, and weighs it by an unbiased estimate of how much is allowed
+    (adaptive weighted rejection sampling: Lipkin et al. 2025; `drawing.draw_by_rejection` has the derivation). It takes a few
+    checks where most of what the model proposes is allowed, and at most one for each token that the proposal may draw: a
+    `top_k` proposal bounds them. The ledger counts them as potential calls.
+
+    One with `log_potentials` steers as `Potentials` do. Given and enumerated texts are checked token by token, and are exact.
+    A trace of tokens does not say which ones were rejected, so `ParticleGibbs` and `evidence_bounds`, which have to repeat
+    one, refuse such a site.
+    """
+
+    def start(self, max_tokens: int) -> Any:
+        """The state before the first token, as in `Constraint`."""
+        ...
+
+    def allows(self, state: Any, token: Array) -> Array:
+        """bool[]: whether a token (int32[]) may come next; -1 where nobody asks, and any answer will do."""
+        ...
+
+    def next(self, state: Any, token: Array) -> Any:
+        """The state after an allowed token."""
+        ...
+
+
 class LearnedTwist(Protocol):
     """A twist that the model's features tell, as a constraint's potentials are told by its state: a pytree, so that its
     parameters are inputs of the program, and a training loop may change them.
@@ -178,31 +204,6 @@ def twist_head(rng_key: Array, lm: LanguageModel, hidden: tuple[int, ...] = ()) 
     keys = jax.random.split(rng_key, len(sizes))
     kernels = [jax.random.normal(k, (n, m)) / np.sqrt(n) for k, n, m in zip(keys, sizes, sizes[1:])]
     return TwistHead((*kernels[:-1], jnp.zeros_like(kernels[-1])), tuple(jnp.zeros(m) for m in sizes[1:]))
-
-
-class TokenCheck(Protocol):
-    """A constraint that is asked about one token at a time, in place of `mask`, because it is costly.
-
-    `generate` draws from the proposal until a token is allowed, and weighs it by an unbiased estimate of how much is allowed
-    (adaptive weighted rejection sampling: Lipkin et al. 2025; `drawing.draw_by_rejection` has the derivation). It takes a few
-    checks where most of what the model proposes is allowed, and at most one for each token that the proposal may draw: a
-    `top_k` proposal bounds them. The ledger counts them as potential calls.
-
-    Given and enumerated texts are checked token by token, and are exact. A trace of tokens does not say which ones were
-    rejected, so `ParticleGibbs` and `evidence_bounds`, which have to repeat one, refuse such a site.
-    """
-
-    def start(self, max_tokens: int) -> Any:
-        """The state before the first token, as in `Constraint`."""
-        ...
-
-    def allows(self, state: Any, token: Array) -> Array:
-        """bool[]: whether a token (int32[]) may come next; -1 where nobody asks, and any answer will do."""
-        ...
-
-    def next(self, state: Any, token: Array) -> Any:
-        """The state after an allowed token."""
-        ...
 
 
 def has_potentials(constraint: Any) -> bool:

@@ -75,6 +75,12 @@ def test_where_nothing_is_allowed_every_token_is_tried_once():
     assert set(tries[9:]) == {(1,), (2,), (1, 1), (1, 2)}, "a proposal on two tokens bounds the tries"
 
 
+def test_a_model_that_answers_nan_is_said_and_ends():
+    lm = models.MarkovLM([0.0, 1.0, 0.5], np.full((3, 3), np.nan), 0)
+    with pytest.raises(errors.NonFiniteError, match="site 'x'"):
+        inference.SMC(8).run(KEY, program(lm, OneOf(jnp.ones(3, bool))))
+
+
 def test_the_host_is_asked_about_texts_that_go_on():
     asked = []
 
