@@ -15,10 +15,9 @@ from scipy import stats
 from tqdm import tqdm
 
 from latentrace.ppl.errors import SiteError
-from latentrace.ppl.jaxpr import all_eqns
 from latentrace.ppl.program import Program, as_program
 from latentrace.ppl.sites import factor_p, generate_p, observe_p, sample_p, score_p
-from latentrace.ppl.staging import check_given, stage
+from latentrace.ppl.staging import check_given, stage, trace_eqns
 
 from .driver import wants_progress
 from .importance import ImportanceSampling
@@ -256,7 +255,7 @@ def check_simulable(program: Program, args: Sequence[Any], observed: Sequence[st
         raise SiteError(f"calibration simulates every site, but {', '.join(map(repr, program.given))} has a given value")
     staged = stage(program.fn, tuple(args))
     none = jax.tree.structure(None)
-    for eqn in all_eqns(staged.jaxpr):
+    for eqn in trace_eqns(staged.jaxpr):
         site, p = eqn.params.get("name"), eqn.params
         if eqn.primitive in (observe_p, score_p):
             raise SiteError(
@@ -267,8 +266,13 @@ def check_simulable(program: Program, args: Sequence[Any], observed: Sequence[st
             raise SiteError(
                 f"site {site!r} is a factor or a condition, so a forward run is no draw of the target; sample data instead"
             )
-        if eqn.primitive is generate_p and (p["proposal"] is not None or p["constraint"] != none):
-            raise SiteError(f"site {site!r} has a proposal or a constraint, so a forward run is no draw of the model; omit it")
+        if eqn.primitive is generate_p and (
+            p["proposal"] is not None or p["draft"] is not None or p["constraint"] != none or p["head"] != none
+        ):
+            raise SiteError(
+                f"site {site!r} has a proposal, a constraint or a learned twist, so a forward run is no draw of the model; "
+                "omit it"
+            )
         if eqn.primitive is sample_p and p["scaled"]:
             raise SiteError(f"site {site!r} has a scaled density, so a forward run is no draw from it; omit the scale")
     if not observed:

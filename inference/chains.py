@@ -26,8 +26,8 @@ from latentrace.ppl.run import (
     label_values,
     runner,
 )
-from latentrace.ppl.sites import generate_p, sample_p
-from latentrace.ppl.staging import Staged
+from latentrace.ppl.sites import generate_p
+from latentrace.ppl.staging import Staged, check_repeatable, random_sites
 from latentrace.ppl.state import Counts, Faults, together
 
 from .driver import ledger_of, prepare, wants_progress
@@ -64,8 +64,7 @@ class Target(NamedTuple):
     @property
     def random(self) -> list[str]:
         """The random sites whose values are not given."""
-        kinds = (sample_p.name, generate_p.name)
-        return [s.name for s in self.staged.sites.values() if s.kind in kinds and s.name not in self.given]
+        return [name for name in random_sites(self.staged) if name not in self.given]
 
     def population(
         self, rng_key: Array, settings: Settings, given: Mapping[str, Array] = {}, trace: dict[str, Array] | None = None
@@ -114,6 +113,11 @@ class Kernel(Protocol):
         """The random sites that it names."""
         ...
 
+    @property
+    def repeats(self) -> bool:
+        """Whether it runs a population in which one particle repeats the chain's trace."""
+        ...
+
     def init(self, target: Target, rng_key: Array) -> tuple[Any, Info]:
         """A first state; `Info.accepted` is 0 where none of positive density was found."""
         ...
@@ -142,6 +146,8 @@ def run_chains(
     staged, given = prepare(program, args)
     values, arrays, skeleton = given_arrays(staged, given), arrays_of(staged), staged.skeleton()
     random = Target(skeleton, arrays, values).random
+    if kernel.repeats:
+        check_repeatable(staged, values)
     for name in kernel.sites:
         if name not in random:
             raise SiteNameError(f"no random site {name!r} to move: {near_misses(name, random)}")

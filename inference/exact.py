@@ -14,7 +14,7 @@ from latentrace.ppl.choices import Spec
 from latentrace.ppl.errors import NotEnumerableError
 from latentrace.ppl.jaxpr import body_of, inner_jaxprs, scan_of
 from latentrace.ppl.run import Settings, execute
-from latentrace.ppl.sites import generate_p, plate_p, sample_p
+from latentrace.ppl.sites import LOOKAHEAD, NESTED, generate_p, plate_p, sample_p
 from latentrace.ppl.staging import Staged, holds_sites, loop_bound
 
 from .driver import PROGRESS, finish, prepare, wants_progress
@@ -39,9 +39,9 @@ class Layout(NamedTuple):
                 if p["name"] not in self.given:
                     found += self._site(eqn)
             elif eqn.primitive is plate_p:
-                if p["ess_threshold"] is not None:
+                if p["role"] == NESTED:
                     raise NotEnumerableError("`ppl.nested` estimates by sampling; to enumerate, call its function in its place")
-                times = p["size"]
+                times = 0 if p["role"] == LOOKAHEAD else p["size"]
             elif eqn.primitive.name == "scan" and holds_sites(eqn):
                 times = scan_of(eqn).length
             elif eqn.primitive.name == "while" and holds_sites(eqn):
@@ -82,7 +82,7 @@ class Digits:
     def enter_element(self, i: Array, jaxpr: Any) -> "Digits":
         return self._skip(i * len(self.layout.radices(jaxpr)))
 
-    def leave_plate(self, size: int, jaxpr: Any) -> "Digits":
+    def leave_plate(self, size: int, jaxpr: Any, elements: Any) -> "Digits":
         return self._skip(size * len(self.layout.radices(jaxpr)))
 
     def _skip(self, count: Any) -> "Digits":

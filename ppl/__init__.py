@@ -3,8 +3,8 @@
 from . import constraints, errors, proposals
 from .language_model import Block, LanguageModel, Memory
 from .program import Program, Trace, program
-from .proposals import AllowedTokens, Constraint
-from .sites import bound, condition, deterministic, factor, nested, observe, sample, scope, twist, vmap
+from .proposals import AllowedTokens, Constraint, LearnedTwist, TokenCheck
+from .sites import bound, condition, deterministic, factor, lookahead, nested, observe, sample, scope, twist, vmap
 from .text import Context, Text, extend, features, generate, prompt, score, tokens
 
 __all__ = [
@@ -13,9 +13,11 @@ __all__ = [
     "Constraint",
     "Context",
     "LanguageModel",
+    "LearnedTwist",
     "Memory",
     "Program",
     "Text",
+    "TokenCheck",
     "Trace",
     "bound",
     "condition",
@@ -26,6 +28,7 @@ __all__ = [
     "factor",
     "features",
     "generate",
+    "lookahead",
     "nested",
     "observe",
     "program",

@@ -208,19 +208,21 @@ def read_pending(
     return features, write_entries(arena, entries, fed), passed
 
 
-def follow(arena: Arena, row: Row, token: Array, live: Array) -> tuple[Arena, Row]:
-    """`token` comes after the pending one, which `read_pending` has fed; nothing happens where not `live`."""
+def take(arena: Arena, row: Row, live: Array) -> tuple[Arena, Row]:
+    """Give a context's pending token, which `read_pending` has fed, its slot; nothing happens where not `live`.
+
+    What is written next goes to the slot after it, be it of this context or of another one of the same arena. The token stays
+    the pending one until the caller says which comes next.
+    """
     known = live & (row.ahead >= 0)
-    arena, after = claim(arena, row, (live & ~known).astype(jnp.int32), token)
+    arena, after = claim(arena, row, (live & ~known).astype(jnp.int32), row.pending)
     if not row.features.shape[-1]:
         return arena, after
     start, slots = 0, []
     for mask in row.slots:
         slots.append(mask | (jnp.arange(mask.shape[0]) + start == row.ahead))
         start += mask.shape[0]
-    cached = row._replace(
-        slots=tuple(slots), position=row.position + 1, pending=token, last=row.ahead, ahead=jnp.full_like(row.ahead, -1)
-    )
+    cached = row._replace(slots=tuple(slots), position=row.position + 1, last=row.ahead, ahead=jnp.full_like(row.ahead, -1))
     return arena, jax.tree.map(lambda a, b: jnp.where(known, a, b), cached, after)
 
 

@@ -18,7 +18,7 @@ class SiteRef(NamedTuple):
 
     name: str
     path: tuple[Any, ...] = ()
-    """int32[] index of each enclosing loop or plate, outermost first"""
+    """int32[] index of each enclosing loop or plate, outermost first, and the number of a draw within a search"""
 
 
 class Spec(NamedTuple):
@@ -52,8 +52,9 @@ class Choices(Protocol):
         """The choices of element `i` of a plate whose body is `jaxpr`; enumerated ones reserve digits for each element."""
         ...
 
-    def leave_plate(self, size: int, jaxpr: Any) -> "Choices":
-        """The choices after a plate of `size` elements, from those before it."""
+    def leave_plate(self, size: int, jaxpr: Any, elements: Any) -> "Choices":
+        """The choices after a plate of `size` elements, from those before it; `elements` are those that each element ended
+        with, on a leading axis."""
         ...
 
 
@@ -70,7 +71,7 @@ class Keyed(NamedTuple):
     def enter_element(self, i: Array, jaxpr: Any) -> "Keyed":
         return self
 
-    def leave_plate(self, size: int, jaxpr: Any) -> "Keyed":
+    def leave_plate(self, size: int, jaxpr: Any, elements: Any) -> "Keyed":
         return self
 
     def site_key(self, site: SiteRef) -> Array:
@@ -97,26 +98,30 @@ class Retained(NamedTuple):
 
     drawn: Choices
     values: dict[str, Array]
-    """for each random site its value in the trace, token ids for a text; leading axes for loops and plates"""
+    """for each random site its value in the trace, token ids for a text; leading axes for loops and plates. Sites of rollouts,
+    which no trace holds, draw"""
     repeats: Array
     """bool[]: whether this is the particle that repeats it"""
 
-    def _kept(self, site: SiteRef) -> Array:
+    def _kept(self, site: SiteRef, drawn: Array, step: Array | None = None) -> Array:
+        """The trace's value where it is repeated, else what was drawn."""
+        if site.name not in self.values:
+            return drawn
         value = self.values[site.name]
         for index in site.path:
             value = jax.lax.dynamic_index_in_dim(value, index, keepdims=False)
-        return value
+        return jnp.where(self.repeats, (value if step is None else value[step]).astype(drawn.dtype), drawn)
 
     def supply(self, spec: Spec | None, active: Any) -> None:
         return None
 
     def value(self, site: SiteRef, dist: Any) -> tuple[Any, "Retained"]:
         value, drawn = self.drawn.value(site, dist)
-        return jnp.where(self.repeats, self._kept(site).astype(value.dtype), value), self._replace(drawn=drawn)
+        return self._kept(site, value), self._replace(drawn=drawn)
 
     def token(self, site: SiteRef, step: Array, logits: Array) -> tuple[Array, "Retained"]:
         token, drawn = self.drawn.token(site, step, logits)
-        return jnp.where(self.repeats, self._kept(site)[step], token), self._replace(drawn=drawn)
+        return self._kept(site, token, step), self._replace(drawn=drawn)
 
     def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, "Retained"]:
         uniforms, drawn = self.drawn.uniforms(clock, weights, count)  # nested sites that resample cannot be repeated
@@ -125,8 +130,8 @@ class Retained(NamedTuple):
     def enter_element(self, i: Array, jaxpr: Any) -> "Retained":
         return self._replace(drawn=self.drawn.enter_element(i, jaxpr))
 
-    def leave_plate(self, size: int, jaxpr: Any) -> "Retained":
-        return self._replace(drawn=self.drawn.leave_plate(size, jaxpr))
+    def leave_plate(self, size: int, jaxpr: Any, elements: "Retained") -> "Retained":
+        return self._replace(drawn=self.drawn.leave_plate(size, jaxpr, elements.drawn))
 
 
 def at_points(weights: Array, points: Array) -> Array:

@@ -21,7 +21,7 @@ from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, cons
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
 from .nested import Samples
-from .staging import Staged, need, walks_into
+from .staging import Staged, need, random_sites, walks_into
 from .state import Faults, State, no_counts, no_faults, pay, steer, together
 
 Array = jax.Array
@@ -44,6 +44,7 @@ class Interpreter:
     ):
         self.staged, self.consts, self.models, self.state = staged, consts, models, state
         self.policy, self.progress = policy, progress
+        self.steered = policy is not None  # somebody resamples, be it outside of a plate, so that twists have an effect
         self.frame = Frame()
         self.moved = False  # whether weights have moved since the population could last resample
         self.axes = axes  # of all that runs side by side with this particle
@@ -55,9 +56,7 @@ class Interpreter:
         self.given = {k: self.frame.put(v) for k, v in (given or {}).items()}
         self.prompts: dict[int, list[Cell]] = {m: [] for m in range(len(models))}
         self.records: dict[str, tuple[Cell, Cell]] = {}
-        random = (sites.sample_p, sites.generate_p)
-        drawn = any(e.primitive in random and e.params["name"] not in self.given for e in all_eqns(staged.jaxpr))
-        self.is_density = policy is None and not drawn
+        self.is_density = policy is None and all(name in self.given for name in random_sites(staged))
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -90,6 +89,8 @@ class Interpreter:
         """Whether an equation draws something, and leaves it to us to let the population resample first."""
         if eqn.primitive not in (sites.sample_p, sites.generate_p, sites.plate_p) or eqn.params["name"] in self.given:
             return False
+        if eqn.primitive is sites.plate_p and eqn.params["role"] == sites.LOOKAHEAD:
+            return False  # it makes the twist by which to resample
         inside = self.policy is not None and self.policy.inside_texts
         return not (inside and eqn.primitive is sites.generate_p and decode.weighted(eqn.params))
 
@@ -242,21 +243,26 @@ class Interpreter:
             self.records[name] = self.frame.put(value), self.frame.put(active)
 
     def plate(
-        self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str, ess_threshold: float | None
+        self, inputs: list[Cell], *, jaxpr: Any, size: int, mapped: tuple[bool, ...], name: str, role: str, ess_threshold: float
     ) -> list[Any]:
-        """Walk the body for each element under a `vmap` of its own; their weights add up. With a threshold the elements are
-        samples, which resample among themselves, and their weights are returned."""
+        """Walk the body for each element under a `vmap` of its own. Their weights add up, or are returned where they are
+        samples of an estimate, which resample among themselves if they have a threshold; those of a twist leave nothing else
+        behind."""
+        is_part, is_rollout = role == sites.PLATE, role == sites.LOOKAHEAD
+        if is_rollout and not self.steered:
+            return [jnp.zeros(size, jnp.float32)]
         values = [self.frame.get(c) for c in inputs]
         axis, outer, wants = f"plate{len(self.axes)}", self.state, need(jaxpr, nested=True)
         inside = set(sites_inside(jaxpr))
         twists = {k: v for k, v in outer.log_twists.items() if k in inside}
         given = {k: self.frame.get(c) for k, c in self.given.items() if k in inside}
-        nested = ess_threshold is not None
-        if nested and given:
+        if given and not is_part:
             raise SiteError(
                 f"site {next(iter(given))!r} is inside `ppl.nested` and cannot be given: an estimate has no density"
             )
         active, prompts = self.is_active(), {m: self.read_prompts(m) for m in self.prompts}
+        if is_rollout:
+            active &= outer.log_weight > -jnp.inf
         policy = Samples(ess_threshold, (*self.axes, axis), self.site(name)) if ess_threshold else None
 
         def element(i: Array, values: list[Any], twists: Any, given: Any) -> Any:
@@ -277,24 +283,26 @@ class Interpreter:
             body = Interpreter(self.staged, self.consts, self.models, state, given=given, policy=policy)
             body.axes, body.path, body.nested, body.drawn = (*self.axes, axis), (*self.path, i), True, self.drawn
             body.active, body.is_density = body.frame.put(active), self.is_density
+            body.steered = policy is not None or (self.steered and is_part)
             body.prompts = {m: [body.frame.put(p) for p in ps] for m, ps in prompts.items()}
             cells = body.walk(jaxpr, [body.frame.put(v) for v in values])
             out, s = [jnp.asarray(body.frame.get(c)) for c in cells], body.state
-            return out, body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock
+            return out, body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock, s.choices
 
-        out, found, log_weight, twists, faults, counts, clock = jax.vmap(
+        out, found, log_weight, twists, faults, counts, clock, choices = jax.vmap(
             element, in_axes=(0, [0 if m else None for m in mapped], 0, 0), axis_name=axis
         )(jnp.arange(size, dtype=jnp.int32), values, twists, given)
         self.state = outer._replace(
-            choices=outer.choices.leave_plate(size, jaxpr),
-            log_twists=outer.log_twists if nested else {**outer.log_twists, **twists},
-            faults=merge_faults(faults, outer),
+            choices=outer.choices.leave_plate(size, jaxpr, choices),
+            log_twists={**outer.log_twists, **twists} if is_part else outer.log_twists,
+            faults=merge_faults(faults, outer, is_rollout),
             counts=jax.tree.map(lambda new, old: old + new.sum(), counts, outer.counts)._replace(
                 model_calls=outer.counts.model_calls + counts.model_calls.max()),
             clock=clock.max(),
         )  # fmt: skip
-        self.merge_records(found)
-        if nested:  # for `ppl.nested` to pay
+        if not is_rollout:
+            self.merge_records(found)
+        if not is_part:  # for `ppl.nested` to pay, or to be the twist of `ppl.lookahead`
             return [*out, log_weight]
         # deaths inside are already noted there; the sum itself belongs to no one site
         self.state = self.state._replace(log_weight=outer.log_weight + jnp.where(active, log_weight.sum(), 0.0))
@@ -303,10 +311,13 @@ class Interpreter:
         return [self.frame.get(c) for c in cells]
 
 
-def merge_faults(faults: Faults, outer: State) -> Faults:
-    """What went wrong in a plate's elements; in a particle that was dead before, nothing counts."""
-    alive = outer.log_weight > -jnp.inf
-    return jax.tree.map(lambda new, old: jnp.where(alive, new, old), together(faults), outer.faults)
+def merge_faults(faults: Faults, outer: State, are_rollouts: bool) -> Faults:
+    """What went wrong in a plate's elements; in a particle that was dead before, nothing counts. A rollout may die, and leave
+    out what it likes."""
+    alive, found, before = outer.log_weight > -jnp.inf, together(faults), outer.faults
+    if are_rollouts:
+        found = found._replace(died=before.died, died_at=before.died_at, restricted=before.restricted)
+    return jax.tree.map(lambda new, old: jnp.where(alive, new, old), found, before)
 
 
 def first_state(staged: Staged, models: list[Any], choices: Any) -> State:

@@ -8,8 +8,7 @@ import jax
 
 from .errors import SiteError
 from .run import Settings, execute, label_values
-from .sites import generate_p, sample_p
-from .staging import check_given, stage
+from .staging import check_given, random_sites, stage
 
 
 class Trace(NamedTuple):
@@ -65,8 +64,7 @@ class Program:
         program = self.condition(values)
         staged = stage(self.fn, args)
         check_given(staged, program.given)
-        random = [s.name for s in staged.sites.values() if s.kind in (sample_p.name, generate_p.name)]
-        if missing := [name for name in random if name not in program.given]:
+        if missing := [name for name in random_sites(staged) if name not in program.given]:
             raise SiteError(f"log_density needs a value for every random site; {', '.join(map(repr, missing))} has none")
         return execute(staged, jax.random.key(0), program.given, Settings(1)).log_weight[0]
 

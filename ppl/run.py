@@ -206,7 +206,8 @@ def check_faults(staged: Staged, faults: Faults, log_weight: np.ndarray) -> None
         )
     if (np.asarray(faults.overflow) >= 0).any():
         found = staged.sites[names[int(np.max(faults.overflow))]]
-        limit = staged.models[found.model or 0].max_length
+        held = {staged.models[m].max_length for m in (found.model or 0, found.draft) if m is not None}
+        limit = " or ".join(map(str, sorted(held)))
         raise ContextOverflowError(
             f"site {found.name!r}: a context grew past the model's {limit} tokens; shorten the prompt or lower max_tokens"
         )

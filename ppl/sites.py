@@ -144,10 +144,13 @@ features_p = _primitive("features", lambda handle, size, **_: [_aval((size,), "f
 generate_p = _primitive("generate", lambda *operands, max_tokens, **_: [*_text_avals(max_tokens), HANDLE])
 
 
-def _plate_avals(*operands: Any, size: int, jaxpr: Any, ess_threshold: float | None, **_: Any) -> list[Any]:
-    weights = [] if ess_threshold is None else [_aval((size,), jnp.float32)]
+def _plate_avals(*operands: Any, size: int, jaxpr: Any, role: str, **_: Any) -> list[Any]:
+    weights = [] if role == PLATE else [_aval((size,), jnp.float32)]
     return [_aval((size, *a.shape), a.dtype) for a in jaxpr.out_avals] + weights
 
+
+PLATE, NESTED, LOOKAHEAD = "plate", "nested", "lookahead"
+"""What a plate's elements are to the particle: parts of its trace, samples of an estimate of its weight, or of its twist."""
 
 plate_p = _primitive("plate", _plate_avals)
 
@@ -320,7 +323,7 @@ def vmap(fn: Callable[..., Any], in_axes: Any = 0, *, axis_size: int | None = No
         (n,) = sizes
         if n == 0:
             raise SiteError("ppl.vmap: the mapped axes are empty; a plate has at least one element")
-        return _plate(fn, args, axes, n, "ppl.vmap")[0]
+        return _plate(fn, args, axes, n, "ppl.vmap", PLATE)[0]
 
     return mapped
 
@@ -352,9 +355,8 @@ def nested(name: str, fn: Callable[..., Any], *, num_samples: int, ess_threshold
         raise SiteError(f"nested {name!r}: ess_threshold must be at least 0, a part of num_samples, not {ess_threshold}")
 
     def estimated(*args: Any) -> Any:
-        out, (log_weights,) = _plate(
-            fn, args, [None] * len(args), num_samples, f"nested {name!r}", f"{site_name(name)}()", float(ess_threshold)
-        )
+        alone = [None] * len(args)
+        out, (log_weights,) = _plate(fn, args, alone, num_samples, f"nested {name!r}", NESTED, name, float(ess_threshold))
         log_mean = jax.nn.logsumexp(log_weights) - np.log(num_samples)
         alive = log_mean > -jnp.inf
         which = sample(name, Categorical(logits=jnp.where(alive, log_weights, 0.0)))
@@ -364,10 +366,42 @@ def nested(name: str, fn: Callable[..., Any], *, num_samples: int, ess_threshold
     return estimated
 
 
+def lookahead(name: str, fn: Callable[..., Any], *, num_samples: int, floor: float = -float("inf")) -> Callable[..., None]:
+    """A twist by short rollouts: log psi is the log of the mean weight of `num_samples` runs of `fn` from where a particle is.
+
+    `fn` holds sites, such as a few tokens from a context and a factor for what they look like; its result is not used. Its
+    sites are no part of the trace: their values are not recorded, given, enumerated or repeated, and their weights go to the
+    twist `name` alone, which is set as by `ppl.twist` and taken back at the end. So whatever the rollouts draw, the posterior
+    and the unbiased evidence stay those of the program without them (pilot lookahead: Lin, Chen and Liu 2013). Their tokens
+    and passes count in the ledger. Where nothing resamples (enumeration, importance sampling, densities) a twist has no
+    effect, and they are not run.
+
+    Where every rollout has weight 0, psi is 0, and the particle is dropped when the population resamples next: right if it
+    cannot go on, but if other rollouts might have, the posterior and the evidence lose what it would have led to. A `floor`
+    for log psi, in nats, keeps them exact there.
+
+        ppl.lookahead("promise", lambda: finish(context), num_samples=4, floor=-10.0)()
+
+    Raises `SiteError` for fewer than 1 sample, and for a floor that is NaN or +inf.
+    """
+    if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+        raise SiteError(f"lookahead {name!r}: num_samples must be a whole number of at least 1, not {num_samples!r}")
+    if not floor < float("inf"):
+        raise SiteError(f"lookahead {name!r}: the floor must be a number of nats below infinity, not {floor}")
+
+    def estimated(*args: Any) -> None:
+        silent = lambda *args: (fn(*args), ())[1]
+        _, (log_weights,) = _plate(silent, args, [None] * len(args), int(num_samples), f"lookahead {name!r}", LOOKAHEAD)
+        twist(name, jnp.maximum(jax.nn.logsumexp(log_weights) - np.log(num_samples), floor))
+
+    return estimated
+
+
 def _plate(
-    fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, name: str = "vmap()", ess_threshold: float | None = None
+    fn: Callable[..., Any], args: Any, axes: Any, n: int, what: str, role: str, name: str = "vmap", ess_threshold: float = 0.0
 ) -> tuple[Any, list[Array]]:
-    """`fn` for each of `n` elements; their log-weights float32[n] where they are samples, which resample by a threshold."""
+    """`fn` for each of `n` elements, and their log-weights float32[n] where these are for the caller; elements of a nested
+    site resample by a threshold."""
     element = [jax.tree.map(lambda x: jnp.asarray(x)[0], arg) if a == 0 else arg for a, arg in zip(axes, args)]
     closed, consts, tree = hoist(fn, *element)
     if "Context" in str(tree):
@@ -375,6 +409,7 @@ def _plate(
     flat = [(jnp.asarray(x), a) for arg, a in zip(args, axes) for x in jax.tree.leaves(arg)]
     flags = tuple([False] * len(consts) + [a == 0 for _, a in flat])
     operands = (*consts, *[x for x, _ in flat])
-    out = plate_p.bind(*operands, jaxpr=closed, size=n, mapped=flags, name=name, ess_threshold=ess_threshold)
+    options = dict(name=f"{site_name(name)}()", role=role, ess_threshold=ess_threshold)
+    out = plate_p.bind(*operands, jaxpr=closed, size=n, mapped=flags, **options)
     count = len(closed.out_avals)
     return tree.unflatten(out[:count]), out[count:]

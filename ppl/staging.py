@@ -1,6 +1,6 @@
 """Staging: from a Python function to a jaxpr in which sites are equations, and what can be read off it before it runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from . import numpyro_bridge
 from .errors import SiteError, SiteNameError, near_misses
 from .jaxpr import CALLS, all_eqns, body_of, called_jaxpr, inner_jaxprs, is_site, scan_of, structural_key
 from .language_model import LanguageModel
-from .proposals import has_potentials
+from .proposals import checks_tokens, has_potentials
 from .sites import (
     CONTEXT_SITES,
+    LOOKAHEAD,
     NAMED_SITES,
     VALUE_SITES,
     bound_p,
@@ -55,8 +56,12 @@ class Site:
     """length of each enclosing loop and plate: leading axes of its value"""
     model: int | None = None
     max_tokens: int = 0
+    draft: int | None = None
+    """the model of a text's draft"""
     out: tuple[tuple[int, ...], str] | None = None
     """shape and dtype of a `sample` site's value"""
+    in_rollout: bool = False
+    """whether it is part of a `ppl.lookahead`, not of the trace"""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,19 @@ def holds_sites(eqn: Any) -> bool:
     return any(is_site(e) for inner in inner_jaxprs(eqn) for e in all_eqns(inner))
 
 
+def is_rollout(eqn: Any) -> bool:
+    """Whether an equation's sites are those of a `ppl.lookahead`."""
+    return eqn.primitive is plate_p and eqn.params["role"] == LOOKAHEAD
+
+
+def trace_eqns(closed: Any) -> Iterator[Any]:
+    """Every equation, those of inner jaxprs included, but none of rollouts, whose sites are no part of the trace."""
+    for eqn in body_of(closed).eqns:
+        yield eqn
+        for inner in [] if is_rollout(eqn) else inner_jaxprs(eqn):
+            yield from trace_eqns(inner)
+
+
 def _hoisted(closed: Any) -> dict[int, Any]:
     """Constants along the way that the interpreter walks; it reads them from the inputs of the compiled program."""
     found = {id(c): c for c in getattr(closed, "consts", ())}
@@ -152,12 +170,13 @@ def _hoisted(closed: Any) -> dict[int, Any]:
 def _sites(closed: Any) -> dict[str, Site]:
     sites: dict[str, Site] = {}
 
-    def visit(closed: Any, dims: tuple[int, ...]) -> None:
+    def visit(closed: Any, dims: tuple[int, ...], in_rollout: bool) -> None:
         for eqn in body_of(closed).eqns:
             p, inside = eqn.params, dims
             if is_site(eqn) and (name := p.get("name")):
                 number = sites[name].number if name in sites else len(sites)
-                site = Site(name, eqn.primitive.name, number, dims, p.get("model"), p.get("max_tokens", 0), p.get("out"))
+                about = p.get("model"), p.get("max_tokens", 0), p.get("draft"), p.get("out")
+                site = Site(name, eqn.primitive.name, number, dims, *about, in_rollout)
                 if sites.setdefault(name, site) != site and eqn.primitive in VALUE_SITES:
                     raise SiteError(
                         f"site {name!r} stands in exclusive branches with values of different kinds or shapes; give them "
@@ -170,9 +189,9 @@ def _sites(closed: Any) -> dict[str, Site]:
             elif holds_sites(eqn) and eqn.primitive.name == "while":
                 inside = (*dims, loop_bound(eqn)[0])
             for inner in inner_jaxprs(eqn):
-                visit(inner, inside)
+                visit(inner, inside, in_rollout or is_rollout(eqn))
 
-    visit(closed, ())
+    visit(closed, (), False)
     return sites
 
 
@@ -215,7 +234,7 @@ def _twists(closed: Any, plates: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 def _steers(generate: dict[str, Any]) -> bool:
     """Whether a `generate` equation with these parameters moves a twist inside its text."""
-    return generate["twist"] is not None or has_potentials(generate["constraint"])
+    return generate["twist"] is not None or has_potentials(generate["constraint"]) or has_potentials(generate["head"])
 
 
 def need(closed: Any, *, nested: bool = False) -> Need:
@@ -228,6 +247,8 @@ def need(closed: Any, *, nested: bool = False) -> Need:
             if eqn.primitive is prompt_p and not nested:
                 slots = 0  # a prompt outside of loops has a block of its own
             total += Need({m: 1}, {m: slots})
+            if (drafter := p.get("draft")) is not None:  # which grows as the text does, if only inside it
+                total += Need({}, {drafter: slots})
         elif eqn.primitive is features_p:
             total += Need({}, {eqn.params["model"]: 1})
         elif eqn.primitive is plate_p:
@@ -263,14 +284,37 @@ def loop_bound(eqn: Any) -> tuple[int, bool]:
 
 def check_given(staged: Staged, given: Mapping[str, Any]) -> None:
     """Every given name must be a random site."""
-    random = {s.name for s in staged.sites.values() if s.kind in (sample_p.name, generate_p.name)}
+    random = random_sites(staged)
     for name in given:
         if name not in random:
-            kind = staged.sites[name].kind if name in staged.sites else None
-            what = f"is a {kind} site, which has no value to give" if kind else "does not exist"
+            site = staged.sites.get(name)
+            what = f"is a {site.kind} site, which has no value to give" if site else "does not exist"
+            if site and site.in_rollout:
+                what = "is inside `ppl.lookahead`, and cannot be given"
             raise SiteNameError(f"site {name!r} {what}; {near_misses(name, random)}")
 
 
+def check_repeatable(staged: Staged, given: Collection[str]) -> None:
+    """`SiteError` unless one particle of a population can repeat a trace, with the weights that it had."""
+    for eqn in trace_eqns(staged.jaxpr):
+        if eqn.primitive is plate_p and eqn.params["ess_threshold"]:
+            raise SiteError(
+                f"nested {eqn.params['name'].removesuffix('()')!r} resamples its samples, and a trace through it cannot be "
+                "repeated: its values do not tell their ancestors; give it ess_threshold=0"
+            )
+        if eqn.primitive is generate_p and eqn.params["name"] not in given and checks_tokens(eqn.params["constraint"]):
+            raise SiteError(
+                f"site {eqn.params['name']!r}: its constraint is asked about one token at a time (`allows`), so its weight is "
+                "random and a trace through it cannot be repeated; give the constraint a `mask`, or take SMC or PMMH"
+            )
+
+
 def value_sites(staged: Staged) -> list[Site]:
+    """The sites whose values a trace records."""
     kinds = {p.name for p in VALUE_SITES}
-    return [s for s in staged.sites.values() if s.kind in kinds]
+    return [s for s in staged.sites.values() if s.kind in kinds and not s.in_rollout]
+
+
+def random_sites(staged: Staged) -> list[str]:
+    """The names of a trace's random sites."""
+    return [s.name for s in staged.sites.values() if s.kind in (sample_p.name, generate_p.name) and not s.in_rollout]

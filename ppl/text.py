@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import SiteError
 from .language_model import LanguageModel, feature_size
-from .proposals import AllowedTokens, Constraint, Proposal
+from .proposals import AllowedTokens, Constraint, Draft, LearnedTwist, Proposal, TokenCheck, checks_tokens, has_potentials
 from .sites import (
     extend_p,
     features_p,
@@ -189,9 +189,9 @@ def generate(
     *,
     max_tokens: int,
     until: str | int | Sequence[str] | Sequence[int] | None = None,
-    constraint: Constraint | Array | np.ndarray | None = None,
-    proposal: Proposal | None = None,
-    twist: Callable[[Text], Any] | None = None,
+    constraint: Constraint | TokenCheck | Array | np.ndarray | None = None,
+    proposal: Proposal | Draft | None = None,
+    twist: Callable[[Text], Any] | LearnedTwist | None = None,
 ) -> tuple[Text, Context]:
     """A random text from the model, and the context that it leads to.
 
@@ -202,61 +202,156 @@ def generate(
         max_tokens: most tokens of the text, at least 1.
         until: stop strings (they may span tokens) or stop token ids.
         constraint: bool[V] of allowed tokens, or a `Constraint` such as those of `latentrace.ppl.constraints` (regular
-            expressions, words, automata): the text is conditioned on being allowed.
-        proposal: what to draw tokens from, a function of logits float32[V] (see `latentrace.ppl.proposals`).
+            expressions, words, automata): the text is conditioned on being allowed. One that is too costly to ask about
+            every token is a `TokenCheck`, such as `constraints.check`.
+        proposal: what to draw tokens from, a function of logits float32[V] (see `latentrace.ppl.proposals`), or
+            `proposals.draft(context)`: another context.
         twist: a function of the `Text` so far that gives a log potential (nats) after each token; steers SMC inside the
-            text as `ppl.twist` does between sites, and is taken back at the end.
+            text as `ppl.twist` does between sites, and is taken back at the end. Or a `LearnedTwist`, which says so of each
+            possible next token, and is drawn from too.
+
+    Raises `SiteError` for parts of a wrong kind or shape, and for a draft with another vocabulary.
     """
     full = site_name(name)
     lm = context.lm
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, (int, np.integer)) or max_tokens < 1:
         raise SiteError(f"site {full!r}: max_tokens must be a whole number of at least 1, found {max_tokens!r}")
-    if constraint is not None and not hasattr(constraint, "mask"):
-        constraint = _allowed(full, lm, constraint)
-    if constraint is not None:
-        try:  # before anything is compiled or decoded
-            jax.eval_shape(lambda: cast(Constraint, constraint).start(int(max_tokens)))
-        except SiteError as error:
-            raise SiteError(f"site {full!r}: {error}") from None
-    operands: dict[str, list[Any]] = {"until": [], "constraint": [], "proposal": [], "twist": []}
+    constraint = _checked_constraint(full, lm, int(max_tokens), constraint)
     table = stop_table(lm, until, full)
-    if table is not None:
-        operands["until"] = [jnp.asarray(table)]
-    operands["constraint"], constraint_tree = jax.tree.flatten(constraint)
-    proposal_jaxpr = twist_jaxpr = None
-    if proposal is not None:
-        logits = jax.ShapeDtypeStruct((lm.vocab_size,), jnp.float32)
-        proposal_jaxpr, operands["proposal"], _ = hoist(proposal, logits, what=f"the proposal of site {full!r}")
-        if [a.shape for a in proposal_jaxpr.out_avals] != [(lm.vocab_size,)]:
-            shapes = [a.shape for a in proposal_jaxpr.out_avals]
-            raise SiteError(f"site {full!r}: the proposal must return logits of shape [{lm.vocab_size}], found {shapes}")
-    if twist is not None:
-        twist_jaxpr, operands["twist"] = _stage_twist(full, lm, int(max_tokens), twist)
+    draft = _checked_draft(full, lm, proposal) if isinstance(proposal, (Draft, Context)) else None
+    proposal_jaxpr, proposal_operands = _stage_proposal(full, lm, proposal if draft is None else draft.then)
+    head = _checked_head(full, lm, twist) if has_potentials(twist) else None
+    twist_jaxpr, twist_operands = _stage_twist(full, lm, int(max_tokens), twist if head is None else None)
+    operands: dict[str, list[Any]] = {
+        "until": [] if table is None else [jnp.asarray(table)],
+        "constraint": jax.tree.leaves(constraint),
+        "proposal": proposal_operands,
+        "draft": [] if draft is None else [draft.context.handle],
+        "twist": twist_operands,
+        "head": jax.tree.leaves(head),
+    }
     out = generate_p.bind(
         context.handle,
         *(x for group in operands.values() for x in group),
         name=full,
         model=model_number(lm),
         max_tokens=int(max_tokens),
-        counts=tuple(len(group) for group in operands.values()),
-        constraint=constraint_tree,
+        counts=tuple((part, len(group)) for part, group in operands.items()),
+        constraint=jax.tree.structure(constraint),
         proposal=proposal_jaxpr,
+        draft=None if draft is None else model_number(draft.context.lm),
         twist=twist_jaxpr,
+        head=jax.tree.structure(head),
     )
     return Text(*out[:4], lm), Context(out[4], lm)  # type: ignore[call-arg]
 
 
+def _checked_constraint(name: str, lm: LanguageModel, max_tokens: int, constraint: Any) -> Any:
+    """A constraint that has all methods; errors come before anything is compiled or decoded."""
+    if constraint is None:
+        return None
+    if not hasattr(constraint, "mask") and not checks_tokens(constraint):
+        constraint = _allowed(name, lm, constraint)
+    _check_leaves(name, "constraint", constraint)
+    try:
+        start = jax.eval_shape(lambda: constraint.start(max_tokens))
+    except SiteError as error:
+        raise SiteError(f"site {name!r}: {error}") from None
+    if checks_tokens(constraint):
+        found = jax.eval_shape(constraint.allows, start, jax.ShapeDtypeStruct((), jnp.int32))
+        if jnp.shape(found) != () or found.dtype != jnp.bool_:
+            raise SiteError(
+                f"site {name!r}: the constraint's `allows` must say of one token whether it is allowed, bool[]; found "
+                f"{found.dtype}{list(found.shape)}"
+            )
+    return constraint
+
+
 def _allowed(name: str, lm: LanguageModel, constraint: Any) -> AllowedTokens:
-    allowed = jnp.asarray(constraint)
+    wanted = f"site {name!r}: a constraint is bool[{lm.vocab_size}] or has the methods of `ppl.Constraint` or `ppl.TokenCheck`"
+    try:
+        allowed = jnp.asarray(constraint)
+    except TypeError:
+        raise SiteError(f"{wanted}; found {type(constraint).__name__}") from None
     if allowed.shape != (lm.vocab_size,) or allowed.dtype != jnp.bool_:
-        raise SiteError(
-            f"site {name!r}: a constraint is bool[{lm.vocab_size}] or has the methods of `ppl.Constraint`; found "
-            f"{allowed.dtype}{list(allowed.shape)}"
-        )
+        raise SiteError(f"{wanted}; found {allowed.dtype}{list(allowed.shape)}")
     return AllowedTokens(allowed)
 
 
-def _stage_twist(name: str, lm: LanguageModel, max_tokens: int, twist: Callable[[Text], Any]) -> tuple[Any, list[Any]]:
+def _check_leaves(name: str, what: str, tree: Any) -> None:
+    """What a compiled program reads has to be made of arrays."""
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
+            raise SiteError(
+                f"site {name!r}: the {what} must be a pytree of arrays, found {type(leaf).__name__} in it; make its class one "
+                "by `jax.tree_util.register_dataclass`, or a NamedTuple"
+            )
+
+
+def _checked_draft(name: str, lm: LanguageModel, proposal: Draft | Context) -> Draft:
+    """A draft whose tokens mean what the model's mean."""
+    if not isinstance(proposal, Draft) or not isinstance(proposal.context, Context):
+        found = proposal.context if isinstance(proposal, Draft) else proposal
+        raise SiteError(f"site {name!r}: a draft is `ppl.proposals.draft(context)`, found {type(found).__name__} in its place")
+    other = proposal.context.lm
+    if other is lm:
+        return proposal
+    vocabularies = [(x.vocab_size, x.eos_id) for x in (lm, other)]
+    if vocabularies[0] != vocabularies[1]:
+        (v, eos), (w, other_eos) = vocabularies
+        raise SiteError(
+            f"site {name!r}: a draft must have the model's vocabulary of {v} tokens with EOS {eos}; found one of {w} with EOS "
+            f"{other_eos}"
+        )
+    try:
+        pairs = list(zip(*(spellings(cast(Any, x)) for x in (lm, other))))
+    except ValueError:  # models that know token ids but no text
+        return proposal
+    if (different := next((i for i, (a, b) in enumerate(pairs) if a != b), None)) is not None:
+        a, b = pairs[different]
+        raise SiteError(f"site {name!r}: a draft must have the model's vocabulary; token {different} is {b!r}, not {a!r}")
+    return proposal
+
+
+def _checked_head(name: str, lm: LanguageModel, head: Any) -> LearnedTwist:
+    """A twist that reads the model's features."""
+    _check_leaves(name, "twist", head)
+    size = feature_size(lm)
+    try:
+        found = jax.eval_shape(head.log_potentials, jax.ShapeDtypeStruct((size,), jnp.float32))
+    except TypeError as error:
+        raise SiteError(f"site {name!r}: the twist does not take the model's features float32[{size}]: {error}") from error
+    if jnp.shape(found) != (lm.vocab_size,):
+        raise SiteError(
+            f"site {name!r}: the twist's `log_potentials` must have one entry for each of {lm.vocab_size} tokens, found shape "
+            f"{list(jnp.shape(found))}"
+        )
+    return head  # type: ignore[no-any-return]
+
+
+def _stage_proposal(name: str, lm: LanguageModel, proposal: Any) -> tuple[Any, list[Any]]:
+    if proposal is None:
+        return None, []
+    if not callable(proposal):
+        raise SiteError(
+            f"site {name!r}: a proposal is a function of logits or `ppl.proposals.draft(context)`, found "
+            f"{type(proposal).__name__}"
+        )
+    logits = jax.ShapeDtypeStruct((lm.vocab_size,), jnp.float32)
+    jaxpr, operands, _ = hoist(proposal, logits, what=f"the proposal of site {name!r}")
+    if [a.shape for a in jaxpr.out_avals] != [(lm.vocab_size,)]:
+        shapes = [a.shape for a in jaxpr.out_avals]
+        raise SiteError(f"site {name!r}: the proposal must return logits of shape [{lm.vocab_size}], found {shapes}")
+    return jaxpr, operands
+
+
+def _stage_twist(name: str, lm: LanguageModel, max_tokens: int, twist: Any) -> tuple[Any, list[Any]]:
+    if twist is None:
+        return None, []
+    if not callable(twist):
+        raise SiteError(
+            f"site {name!r}: a twist is a function of the `Text` so far or has `log_potentials`, found {type(twist).__name__}"
+        )
     s: Any = jax.ShapeDtypeStruct
     text = Text(s((max_tokens,), jnp.int32), s((), jnp.int32), s((), jnp.bool_), s((max_tokens,), jnp.float32), lm)
 

@@ -24,8 +24,8 @@ from latentrace.ppl.lineage import resample
 from latentrace.ppl.loops import Collected
 from latentrace.ppl.run import Output, RetainingSource, Settings
 from latentrace.ppl.segments import Carried, Segment, Setting, names_in
-from latentrace.ppl.sites import factor_p, generate_p, observe_p, plate_p, sample_p, score_p, twist_p
-from latentrace.ppl.staging import Staged, holds_sites
+from latentrace.ppl.sites import NESTED, factor_p, generate_p, observe_p, plate_p, sample_p, score_p, twist_p
+from latentrace.ppl.staging import Staged, holds_sites, trace_eqns
 from latentrace.ppl.state import Counts, total_twist
 
 from ..chains import Draw, Info, Target
@@ -208,12 +208,18 @@ class AncestorSampling(ConditionalSMC):
     """The kernel of particle Gibbs with ancestor sampling."""
 
     def init(self, target: Target, rng_key: Array) -> tuple[GibbsState, Info]:
-        plates = [e.params for e in all_eqns(target.staged.jaxpr) if e.primitive is plate_p]
-        for name in [p["name"].removesuffix("()") for p in plates if p["ess_threshold"] is not None]:
-            raise SiteError(
-                f"nested {name!r}: ancestor sampling needs densities, and `ppl.nested` only estimates its own; call its "
-                "function in its place, or leave out ancestor_sampling"
-            )
+        for eqn in trace_eqns(target.staged.jaxpr):
+            p = eqn.params
+            if eqn.primitive is plate_p and p["role"] == NESTED:
+                raise SiteError(
+                    f"nested {p['name'].removesuffix('()')!r}: ancestor sampling needs densities, and `ppl.nested` only "
+                    "estimates its own; call its function in its place, or leave out ancestor_sampling"
+                )
+            if eqn.primitive is generate_p and p["draft"] is not None and p["proposal"] is not None:
+                raise SiteError(
+                    f"site {p['name']!r}: ancestor sampling cannot tell which tokens a draft with `then` may propose; leave "
+                    "out `then` or ancestor_sampling"
+                )
         return super().init(target, rng_key)
 
     def population(self, target: Target, rng_key: Array, draw: Draw, policy: Resample) -> Output:

@@ -9,10 +9,11 @@ import numpy as np
 
 from latentrace.ppl.errors import SiteError, SiteNameError, near_misses
 from latentrace.ppl.run import RetainingSource, Settings, arrays_of, check_faults, compiled, given_arrays
+from latentrace.ppl.staging import check_repeatable
 
 from ..chains import Target
 from ..driver import prepare
-from .conditional import CONDITIONAL_SCHEMES, check_repeatable
+from .conditional import CONDITIONAL_SCHEMES
 from .smc import SMC
 
 Array = jax.Array
@@ -67,7 +68,7 @@ def evidence_bounds(rng_key: Array, program: Any, *args: Any, trace: Mapping[str
     if scheme not in CONDITIONAL_SCHEMES:
         raise SiteError(f"evidence_bounds: no conditional form of resampling {scheme!r}; take 'multinomial' or 'systematic'")
     staged, given = prepare(program, args)
-    check_repeatable("evidence_bounds", staged)
+    check_repeatable(staged, given)
     values, arrays, skeleton = given_arrays(staged, given), arrays_of(staged), staged.skeleton()
     random = Target(skeleton, arrays, values).random
     for name in {*random, *trace}:

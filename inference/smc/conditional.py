@@ -7,11 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from latentrace.ppl.choices import at_points
-from latentrace.ppl.errors import SiteError
-from latentrace.ppl.jaxpr import all_eqns
 from latentrace.ppl.run import Output, RetainingSource, Settings
-from latentrace.ppl.sites import plate_p
-from latentrace.ppl.staging import Staged
 
 from ..chains import Draw, Info, Target, added, draw_of, info_of
 from ..mcmc.metropolis import Metropolis
@@ -62,12 +58,15 @@ class ConditionalSMC:
     parameters: ValueProposal | None = None
 
     @property
+    def repeats(self) -> bool:
+        return True
+
+    @property
     def sites(self) -> tuple[str, ...]:
         return () if self.parameters is None else self.parameters.sites
 
     def init(self, target: Target, rng_key: Array) -> tuple[GibbsState, Info]:
         """A trace of plain SMC."""
-        check_repeatable("ParticleGibbs", target.staged)
         run_key, pick_key = jax.random.split(rng_key)
         policy = Resample(ESSBelow(self.ess_threshold), SCHEMES[self.scheme], self.inside_texts)
         output = target.population(run_key, Settings(self.num_particles, policy=policy))
@@ -91,16 +90,6 @@ class ConditionalSMC:
         values = target.choices(draw)
         settings = Settings(self.num_particles, RetainingSource(), policy)
         return target.population(rng_key, settings, {name: values.pop(name) for name in self.sites}, trace=values)
-
-
-def check_repeatable(algorithm: str, staged: Staged) -> None:
-    """Raise if the values of a program's sites do not tell all that happened."""
-    for p in (e.params for e in all_eqns(staged.jaxpr) if e.primitive is plate_p):
-        if p["ess_threshold"]:
-            raise SiteError(
-                f"{algorithm}: nested {p['name'].removesuffix('()')!r} resamples its samples, and cannot be repeated: its "
-                "values do not tell their ancestors; give it ess_threshold=0"
-            )
 
 
 def pick(output: Output, rng_key: Array) -> tuple[Draw, Array]:

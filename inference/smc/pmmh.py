@@ -36,6 +36,10 @@ class MarginalMetropolis:
         return self.smc.num_particles
 
     @property
+    def repeats(self) -> bool:
+        return False
+
+    @property
     def sites(self) -> tuple[str, ...]:
         return self.parameters.sites
 

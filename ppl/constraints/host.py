@@ -8,9 +8,10 @@ the parser takes, where a table row costs a few.
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import jax
@@ -22,10 +23,53 @@ from ..language_model import LanguageModel
 
 Array = jax.Array
 Prefix = tuple[int, ...]
+T = TypeVar("T")
 
 
 class CallbackError(RunError):
-    """A constraint's parser raised, took too long, or answered with something else than a mask."""
+    """What a constraint asks on the host raised, took too long, or answered with something else than it should."""
+
+
+class Callee:
+    """What answers a constraint's callbacks on the host, within a time limit."""
+
+    asked: str
+    """what errors call the user's part"""
+
+    def __init__(self, description: str, seconds: float):
+        self.description, self.seconds = description, seconds
+        self.calls, self.spent, self.stuck = 0, 0.0, False
+
+    def within_limit(self, work: Callable[[], T]) -> T:
+        """What `work` returns; `CallbackError` for what it raises, and where it takes too long."""
+        answer: list[T] = []
+        fault: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                answer.append(work())
+            except BaseException as error:  # handed to the callback, which waits
+                fault.append(error)
+
+        if self.stuck:
+            raise CallbackError(f"{self.description}: an earlier callback still has not answered; make the constraint anew")
+        start = time.perf_counter()
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        worker.join(self.seconds)
+        self.calls, self.spent = self.calls + 1, self.spent + time.perf_counter() - start
+        if worker.is_alive():
+            self.stuck = True
+            raise CallbackError(
+                f"{self.description}: its {self.asked} has not answered within {self.seconds} s; raise time_limit"
+            )
+        if fault:
+            if isinstance(fault[0], CallbackError):
+                raise fault[0]
+            raise CallbackError(
+                f"{self.description}: its {self.asked} raised {type(fault[0]).__name__}: {fault[0]}"
+            ) from fault[0]
+        return answer[0]
 
 
 class Parser(Protocol):
@@ -68,43 +112,21 @@ class Entry:
         self.bits: np.ndarray | None = None
 
 
-class Host:
+class Host(Callee):
     """The parsers of one language, by the tokens that they have read; the least recently used are dropped."""
 
+    asked = "parser"
+
     def __init__(self, parser: Parser, vocab_size: int, eos_id: int, description: str, seconds: float, most_prefixes: int):
-        self.root, self.vocab_size, self.eos_id, self.description = Entry(parser), vocab_size, eos_id, description
-        self.seconds, self.most_prefixes = seconds, most_prefixes
+        super().__init__(description, seconds)
+        self.root, self.vocab_size, self.eos_id, self.most_prefixes = Entry(parser), vocab_size, eos_id, most_prefixes
         self.known: OrderedDict[Prefix, Entry] = OrderedDict()
-        self.cost = Cost(0, 0.0, 0)
-        self.stuck = False
+        self.computed = 0
 
     def masks(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """bool[N, V] of int[N, T] and int[N], within the time limit."""
-        answer: list[np.ndarray] = []
-        fault: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                answer.append(np.stack([self.mask(t, int(n)) for t, n in zip(tokens.tolist(), lengths)]))
-            except BaseException as error:  # handed to the callback, which waits
-                fault.append(error)
-
-        if self.stuck:
-            raise CallbackError(f"{self.description}: an earlier callback still has not answered; make the constraint anew")
-        start = time.perf_counter()
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        worker.join(self.seconds)
-        calls, seconds, masks = self.cost
-        self.cost = Cost(calls + 1, seconds + time.perf_counter() - start, masks)
-        if worker.is_alive():
-            self.stuck = True
-            raise CallbackError(f"{self.description}: its parser has not answered within {self.seconds} s; raise time_limit")
-        if fault:
-            if isinstance(fault[0], CallbackError):
-                raise fault[0]
-            raise CallbackError(f"{self.description}: its parser raised {type(fault[0]).__name__}: {fault[0]}") from fault[0]
-        return answer[0]
+        work = lambda: np.stack([self.mask(t, int(n)) for t, n in zip(tokens.tolist(), lengths)])
+        return self.within_limit(work)
 
     def mask(self, tokens: list[int], length: int) -> np.ndarray:
         """bool[V]: the tokens that may follow the first `length` ones. The last token of all has to complete the text."""
@@ -150,31 +172,46 @@ class Host:
                 answer = f"{found.dtype}{list(found.shape)}"
                 raise CallbackError(f"{self.description}: its parser must answer bool[{self.vocab_size}], found {answer}")
             entry.bits = np.packbits(found)
-            self.cost = self.cost._replace(masks=self.cost.masks + 1)
+            self.computed += 1
         return np.unpackbits(entry.bits, count=self.vocab_size).view(bool)
 
 
 _numbers = count()
-_hosts: WeakValueDictionary[int, Host] = WeakValueDictionary()
+_callees: WeakValueDictionary[int, Callee] = WeakValueDictionary()
 """By the number that a compiled program knows them by: another language is another input of the same program."""
-_recent: deque[Host] = deque(maxlen=64)
+_recent: deque[Callee] = deque(maxlen=64)
 """Kept alive although the program that made them has been forgotten, since a run may still be under way."""
+
+
+def registered(callee: Callee) -> Array:
+    """int32[]: the number by which callbacks find it."""
+    number = next(_numbers)
+    _callees[number] = callee
+    _recent.append(callee)
+    with jax.ensure_compile_time_eval():
+        return jnp.int32(number)
+
+
+def ask_each(numbers: np.ndarray, ask: Callable[[Any, np.ndarray], np.ndarray]) -> np.ndarray:
+    """The answers of all particles (leading axis), of which `ask(callee, rows)` gives those of some rows."""
+    answers: np.ndarray | None = None
+    for number in np.unique(numbers).tolist():
+        if number not in _callees:
+            raise CallbackError("a host constraint was used after it had been deleted; keep it until its runs are over")
+        rows = numbers == number
+        found = ask(_callees[number], rows)
+        answers = np.zeros((len(numbers), *found.shape[1:]), bool) if answers is None else answers
+        answers[rows] = found
+    assert answers is not None
+    return answers
 
 
 def _callback(numbers: Any, tokens: Any, lengths: Any) -> np.ndarray:
     """bool[*batch, V]: the masks of all particles."""
     numbers, tokens, lengths = np.asarray(numbers), np.asarray(tokens), np.asarray(lengths)
     batch = lengths.shape
-    numbers, tokens, lengths = numbers.reshape(-1), tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
-    masks: np.ndarray | None = None
-    for number in np.unique(numbers).tolist():
-        if number not in _hosts:
-            raise CallbackError("a host constraint was used after it had been deleted; keep it until its runs are over")
-        rows = numbers == number
-        found = _hosts[number].masks(tokens[rows], lengths[rows])
-        masks = np.zeros((len(numbers), found.shape[1]), bool) if masks is None else masks
-        masks[rows] = found
-    assert masks is not None
+    tokens, lengths = tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
+    masks = ask_each(numbers.reshape(-1), lambda host, rows: host.masks(tokens[rows], lengths[rows]))
     return masks.reshape(*batch, -1)
 
 
@@ -202,7 +239,8 @@ class HostConstraint:
     @property
     def cost(self) -> Cost:
         """What callbacks have cost so far; a snapshot."""
-        return self.about.host.cost
+        host = self.about.host
+        return Cost(host.calls, host.spent, host.computed)
 
     def start(self, max_tokens: int) -> tuple[Array, Array]:
         """The tokens so far, int32[max_tokens], and how many there are."""
@@ -249,8 +287,4 @@ def host(
     (1, 2)
     """
     made = Host(parser, lm.vocab_size, lm.eos_id, description, time_limit, most_prefixes)
-    number = next(_numbers)
-    _hosts[number] = made
-    _recent.append(made)
-    with jax.ensure_compile_time_eval():
-        return HostConstraint(jnp.int32(number), lm.vocab_size, About(made))
+    return HostConstraint(registered(made), lm.vocab_size, About(made))

@@ -48,27 +48,32 @@ class World(unconditional.World):
         return jnp.full(count, u), self._replace(shared=self.shared // 2, log_p_shared=paid)
 
 
-def kernel(program, retained, own: int, shared: int, inside_texts: bool, threshold: float, scheme: str):
-    """For each retained trace (leading axis), P(world) of every world, and log-weight and trace of both particles there."""
+def kernel(
+    program, retained, own: int, shared: int, inside_texts: bool, threshold: float, scheme: str, world_type=World, repeats=1
+):
+    """For each retained trace (leading axis), P(world) of every world, and log-weight and trace of both particles there.
+
+    `repeats` is how many outcomes the draws of the retained particle have that are no part of its trace."""
     staged = stage(ppl.program(program), ())
     consts = {name: jnp.asarray(array) for name, array in staged.consts.items()}
     policy = Resample(ESSBelow(threshold), CONDITIONAL_SCHEMES[scheme], inside_texts)
 
     def one_world(trace, world):
         def one_particle(_):
-            zero, mine = jnp.float32(0), index() == 0
-            drawn = World(jnp.where(mine, 0, world % own), world // own, zero, zero)
+            zero, mine, others = jnp.float32(0), index() == 0, world // own
+            drawn = world_type(jnp.where(mine, others % repeats, world % own), others // repeats, zero, zero)
             state = first_state(staged, staged.models, Retained(drawn, trace, mine))
             run = Interpreter(staged, consts, staged.models, state, policy=policy)
             cells = run.walk(staged.jaxpr, [])
             return jnp.asarray(run.frame.get(cells[0])), run.state.log_weight, run.state.choices.drawn
 
         traces, log_weight, choices = jax.vmap(one_particle, axis_name=PARTICLES)(jnp.zeros(N))
-        spent = (choices.own[1] == 0) & (choices.shared[1] == 0)  # else this world repeats one with fewer digits
-        log_p = jnp.where(spent, choices.log_p_own[1] + choices.log_p_shared[1], -jnp.inf)
+        spent = (choices.own == 0).all() & (choices.shared[1] == 0)  # else this world repeats one with fewer digits
+        log_p_own = choices.log_p_own[1] + (choices.log_p_own[0] if repeats > 1 else 0.0)
+        log_p = jnp.where(spent, log_p_own + choices.log_p_shared[1], -jnp.inf)
         return jnp.exp(log_p), log_weight, traces
 
-    worlds = jnp.arange(own * 2**shared)
+    worlds = jnp.arange(own * repeats * 2**shared)
     return jax.jit(jax.vmap(lambda trace: jax.vmap(one_world, (None, 0))(trace, worlds)))(retained)
 
 
@@ -96,17 +101,9 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["multinomial", "systematic"])
-@pytest.mark.parametrize("threshold", [0.8, 1.1])
-@pytest.mark.parametrize("case", KERNELS)
-def test_the_posterior_is_invariant(case, threshold, scheme):
-    program, density, own, shared, inside_texts, split = KERNELS[case]
-    target = {x: p for x, p in programs.measure(programs.paths(density)).items() if p > 0}
-    names = list(target)
-    posterior = np.array([target[x] for x in names]) / sum(target.values())
-    retained = {k: jnp.asarray(v, jnp.int32) for k, v in split(np.array(names)).items()}
-    found = kernel(program, retained, own, shared, inside_texts, threshold, scheme)
-    p, log_weight, traces = (np.asarray(x, np.float64) for x in found)
+def check_invariance(names, posterior, p, log_weight, traces):
+    """The posterior over traces of these names is that after one more step."""
+    p, log_weight, traces = (np.asarray(x, np.float64) for x in (p, log_weight, traces))
     weight = softmax(log_weight, axis=-1)
     transition = np.zeros((len(names), len(names)))
     for i in range(len(names)):
@@ -118,6 +115,20 @@ def test_the_posterior_is_invariant(case, threshold, scheme):
     np.testing.assert_allclose(transition.sum(1), 1.0, atol=1e-5)
     assert (transition > 0).sum() > len(names), "the chain moves"
     np.testing.assert_allclose(posterior @ transition, posterior, atol=2e-6)
+
+
+@pytest.mark.parametrize("scheme", ["multinomial", "systematic"])
+@pytest.mark.parametrize("threshold", [0.8, 1.1])
+@pytest.mark.parametrize("case", KERNELS)
+def test_the_posterior_is_invariant(case, threshold, scheme):
+    program, density, own, shared, inside_texts, split = KERNELS[case]
+    target = {x: p for x, p in programs.measure(programs.paths(density)).items() if p > 0}
+    names = list(target)
+    posterior = np.array([target[x] for x in names]) / sum(target.values())
+    retained = {k: jnp.asarray(v, jnp.int32) for k, v in split(np.array(names)).items()}
+    p, log_weight, traces = kernel(program, retained, own, shared, inside_texts, threshold, scheme)
+    check_invariance(names, posterior, p, log_weight, traces)
+    p, log_weight = np.asarray(p, np.float64), np.asarray(log_weight, np.float64)
     # around an exact trace 1 / Z_hat is unbiased, what the upper bound on the evidence rests on, but for runs that all die
     inverse = posterior @ (p / np.exp(logsumexp(log_weight, axis=-1) - np.log(N))).sum(1)
     assert inverse * sum(target.values()) < 1 + 1e-5

@@ -33,6 +33,7 @@ class World(NamedTuple):
     """The choices of one particle in one world: digits of its own, and of resamplings, which all particles share."""
 
     own: Any
+    """a number of mixed radix, of as many digits as there are draws"""
     shared: Any
     log_p_own: Any
     log_p_shared: Any
@@ -43,10 +44,13 @@ class World(NamedTuple):
         return None
 
     def _choose(self, logits):
-        digit = self.own % len(logits)
-        possible = logits.max() > -jnp.inf  # where no token is, the particle is dead and any token will do
-        paid = jax.nn.log_softmax(jnp.where(possible, logits, 0.0))[digit]
-        return digit, self._replace(own=self.own // len(logits), log_p_own=self.log_p_own + paid)
+        """The digit counts what is possible; where nothing is, the particle is dead and anything will do."""
+        logits = jnp.where(logits.max() > -jnp.inf, logits, 0.0)
+        possible = logits > -jnp.inf
+        radix = possible.sum()
+        choice = jnp.argmax(jnp.cumsum(possible) > self.own % radix).astype(jnp.int32)
+        log_p = self.log_p_own + jax.nn.log_softmax(logits)[choice]
+        return choice, self._replace(own=self.own // radix, log_p_own=log_p)
 
     def value(self, site, distribution):
         support = distribution.enumerate_support()
@@ -90,7 +94,7 @@ def boundaries(scheme, weights):
 
 
 def estimated_measure(
-    program, own: int, shared: int, inside_texts: bool, thresholds, scheme="systematic"
+    program, own: int, shared: int, inside_texts: bool, thresholds, scheme="systematic", world_type=World
 ) -> tuple[np.ndarray, list[dict]]:
     """For each threshold, the sum of P(world), and of P(world) * Z_hat * weight over each trace.
 
@@ -104,7 +108,7 @@ def estimated_measure(
 
         def one_particle(_):
             zero = jnp.float32(0)
-            choices = World(world // own ** index() % own, world // own**N, zero, zero, (zero,) * CODES[scheme])
+            choices = world_type(world // own ** index() % own, world // own**N, zero, zero, (zero,) * CODES[scheme])
             state = first_state(staged, staged.models, choices)
             run = Interpreter(staged, consts, staged.models, state, policy=policy)
             cells = run.walk(staged.jaxpr, [])
