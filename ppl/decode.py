@@ -12,7 +12,7 @@ from .errors import SiteError
 from .language_model import token_log_probs
 from .lineage import Policy, resample
 from .proposals import has_potentials
-from .state import note_overflow, pay, steer, with_arena
+from .state import choose, note_overflow, pay, steer, with_arena
 from .text import Text
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         arena, live = state.arenas[model], ~w.done
         features, arena, passed = read_pending(lm, arena, w.row, known, lambda unread: anybody(live & unread, run.axes))
         logits = side_by_side(lm.unembed(features)[0])
-        token, log_p, log_q, log_psi, choices, restricted = draw(state.choices, site, step, logits, here, w.constraint_state)
+        token, log_p, log_q, log_psi, choices, restricted = draw(
+            state.choices, site, step, logits, here, w.constraint_state, state.made
+        )
         arena, row = follow(arena, w.row, token, live)
         ends = token == lm.eos_id
         stop_state, stops = here.stops(w.stop_state, token)
@@ -155,6 +157,7 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
         counts = state.counts._replace(generated=state.counts.generated + live, model_calls=state.counts.model_calls + passed)
         faults = state.faults._replace(restricted=state.faults.restricted | (live & restricted))
         state = with_arena(state, model, arena)._replace(choices=choices, counts=counts, faults=faults)
+        state = state if run.in_plate else choose(state, live)
         state = note_overflow(state, number, live & (row.position + 1 > lm.max_length))
         # without a proposal nothing is paid, but a model that answers NaN is noted
         ratio = log_p - log_q if moves else jnp.where(jnp.isnan(log_p), jnp.nan, 0.0)
@@ -183,12 +186,12 @@ def decode(run: "Interpreter", handle: Array, operands: tuple[Array, ...], *, na
     return [run.frame.get(c) for c in outputs]
 
 
-def draw(choices: Any, site: Any, step: Array, logits: Array, options: Options, state: Any) -> tuple[Any, ...]:
-    """A token, its log probabilities under the model and the proposal, its log potential, the choices, and whether the
-    proposal's support is smaller than the target's."""
+def draw(choices: Any, site: Any, step: Array, logits: Array, options: Options, state: Any, number: Array) -> tuple[Any, ...]:
+    """A token, which is choice number `number`, its log probabilities under the model and the proposal, its log potential,
+    the choices, and whether the proposal's support is smaller than the target's."""
     normaliser, none = log_total(logits), jnp.float32(0)
     if options.constraint is None and options.proposal is None:
-        token, choices = choices.token(site, step, logits)
+        token, choices = choices.token(site, step, logits, number)
         log_p = logits[token] - normaliser
         return token, log_p, log_p, none, choices, jnp.asarray(False)
     proposed, allowed, log_psi = options.propose(logits), jnp.asarray(True), None
@@ -198,7 +201,7 @@ def draw(choices: Any, site: Any, step: Array, logits: Array, options: Options, 
             log_psi = over_tokens(site.name, "log_potentials", options.constraint.log_potentials(state), logits.shape)
             proposed = proposed + log_psi
         proposed = jnp.where(allowed, proposed, -jnp.inf)
-    token, choices = choices.token(site, step, proposed)
+    token, choices = choices.token(site, step, proposed, number)
     log_p, total = logits[token] - normaliser, log_total(proposed)
     log_q = proposed[token] - total
     restricted = jnp.asarray(False)

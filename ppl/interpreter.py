@@ -21,7 +21,7 @@ from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, cons
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
 from .staging import Staged, need, walks_into
-from .state import Faults, State, no_counts, no_faults, pay, steer, together
+from .state import Faults, State, choose, no_counts, no_faults, pay, steer, together
 
 Array = jax.Array
 
@@ -51,9 +51,7 @@ class Interpreter:
         self.given = {k: self.frame.put(v) for k, v in (given or {}).items()}
         self.prompts: dict[int, list[Cell]] = {m: [] for m in range(len(models))}
         self.records: dict[str, tuple[Cell, Cell]] = {}
-        random = (sites.sample_p, sites.generate_p)
-        drawn = any(e.primitive in random and e.params["name"] not in self.given for e in all_eqns(staged.jaxpr))
-        self.is_density = policy is None and not drawn
+        self.is_density = policy is None and not self.draws_inside(staged.jaxpr)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -88,6 +86,20 @@ class Interpreter:
             return False
         inside = self.policy is not None and self.policy.inside_texts
         return not (inside and eqn.primitive is sites.generate_p and decode.weighted(eqn.params))
+
+    def draws_inside(self, closed: Any) -> bool:
+        """Whether a jaxpr holds a random site whose value is not given."""
+        random = (sites.sample_p, sites.generate_p)
+        return any(e.primitive in random and e.params["name"] not in self.given for e in all_eqns(closed))
+
+    @property
+    def in_plate(self) -> bool:
+        return len(self.axes) > 1
+
+    def count_choice(self, active: Any) -> None:
+        """Count a choice of the trace where it is active; in a plate the plate itself is counted."""
+        if not self.in_plate:
+            self.state = choose(self.state, active)
 
     def count(self, **more: Any) -> None:
         counts = self.state.counts
@@ -283,6 +295,8 @@ class Interpreter:
                 model_calls=outer.counts.model_calls + counts.model_calls.max()),
             clock=clock.max(),
         )  # fmt: skip
+        if self.draws_inside(jaxpr):
+            self.count_choice(active)
         self.merge_records(found)
         if nested:  # for `ppl.nested` to pay
             return [*out, log_weight]
@@ -306,4 +320,4 @@ def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0), read.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
     zero = jnp.int32(0)
-    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index())
+    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index(), zero)

@@ -246,8 +246,9 @@ def output(setting: Setting, boundary: Boundary, complete: bool) -> Output:
         if complete:
             run, env = setting.interpreter(carried, len(body_of(setting.staged.jaxpr).eqns))
             returned = [jnp.asarray(run.frame.get(run.read(env, a))) for a in body_of(setting.staged.jaxpr).outvars]
-        log_weight = state.log_weight if complete else state.log_weight + total_twist(state)
-        return Output(returned, values, active, log_weight, state.faults, state.counts, state.root, state.resamplings)
+        s = state
+        log_weight = s.log_weight if complete else s.log_weight + total_twist(s)
+        return Output(returned, values, active, log_weight, s.faults, s.counts, s.root, s.made, s.resamplings)
 
     return setting.over(boundary, one_particle).whole(setting.settings.num_particles)  # type: ignore[no-any-return]
 

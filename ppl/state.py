@@ -65,6 +65,9 @@ class State(NamedTuple):
     """int32[]: how often it could so far, weights having moved in between"""
     root: Array
     """int32[]: this particle's ancestor at the start of the run"""
+    made: Array
+    """int32[]: how many active random choices this particle's trace has so far: values, tokens, and plates, whose elements
+    choose side by side"""
     resamplings: Resamplings | None = None
     """None where nobody asks for them"""
 
@@ -88,6 +91,11 @@ def together(faults: Faults) -> Faults:
 def no_counts() -> Counts:
     zero = jnp.int32(0)
     return Counts(zero, zero, zero, zero)
+
+
+def choose(state: State, active: Any) -> State:
+    """One more choice, where it is active."""
+    return state._replace(made=state.made + jnp.asarray(active).astype(jnp.int32))
 
 
 def total_twist(state: State) -> Array:
