@@ -6,7 +6,7 @@ from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
 from .importance import ImportanceSampling
 from .posterior import Ledger, Marginal, Posterior
-from .smc import PMMH, SMC, ParticleGibbs, SMCSteering
+from .smc import PMMH, SMC, ParticleGibbs, SMCSteering, TemperedSMC, WasteFreeSMC
 
 __all__ = [
     "PMMH",
@@ -20,6 +20,8 @@ __all__ = [
     "ParticleGibbs",
     "Posterior",
     "SMCSteering",
+    "TemperedSMC",
+    "WasteFreeSMC",
     "mcmc",
     "simulation_based_calibration",
     "smc",

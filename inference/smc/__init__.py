@@ -2,11 +2,14 @@
 
 from .bounds import Bounds, evidence_bounds
 from .conditional import ParticleGibbs
+from .ladder import Ladder, Rung
 from .pmmh import PMMH
 from .resampling import Resampler, Tempered
 from .smc import SMC
 from .steering import Branching, SMCSteering
+from .tempering import TemperedSMC
 from .triggers import ESSBelow, EveryK, Trigger
+from .waste_free import WasteFreeSMC
 
 __all__ = [
     "PMMH",
@@ -15,10 +18,14 @@ __all__ = [
     "Branching",
     "ESSBelow",
     "EveryK",
+    "Ladder",
     "ParticleGibbs",
     "Resampler",
+    "Rung",
     "SMCSteering",
     "Tempered",
+    "TemperedSMC",
     "Trigger",
+    "WasteFreeSMC",
     "evidence_bounds",
 ]

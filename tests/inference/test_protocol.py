@@ -25,7 +25,11 @@ ALGORITHMS = {
     "SMC that always resamples": inference.SMC(N, ess_threshold=1.1, granularity="site"),
     "SMC that tempers every other time": inference.SMC(N, resample=inference.smc.Tempered(0.6), when=inference.smc.EveryK(2)),
     "SMCSteering": inference.SMCSteering(N // 3, branches=3),
+    "TemperedSMC": inference.TemperedSMC(N, temperatures=(0.5, 1.0)),
+    "WasteFreeSMC": inference.WasteFreeSMC(N, chain_length=10, temperatures=(0.5, 1.0)),
 }
+RUNS = {"TemperedSMC": 3 * N, "WasteFreeSMC": N + N // 10 * 9}
+"""how often a trace is written, where that is not once for each particle"""
 
 
 @ppl.program
@@ -45,8 +49,13 @@ def program(bias):
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
-def posterior(request):
-    return ALGORITHMS[request.param].run(KEY, program, np.asarray(-0.4, np.float32))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def posterior(name):
+    return ALGORITHMS[name].run(KEY, program, np.asarray(-0.4, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +109,8 @@ def test_what_it_says_agrees_with_itself_and_with_enumeration(posterior, exact):
     assert abs(posterior.log_evidence - exact.log_evidence) < (1e-5 if posterior.exact else 6 / np.sqrt(N))
 
 
-def test_ledger(posterior):
-    ledger, n = posterior.ledger, len(posterior.log_weights)
+def test_ledger(name, posterior):
+    ledger, n = posterior.ledger, RUNS.get(name, len(posterior.log_weights))
     lengths = posterior.values["head"].length.sum() + posterior.values["loop"].length.sum()
     assert ledger.seconds > 0
     if posterior.exact:
