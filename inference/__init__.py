@@ -6,7 +6,7 @@ from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
 from .importance import ImportanceSampling
 from .posterior import Ledger, Marginal, Posterior
-from .smc import PMMH, SMC, ParticleGibbs, SMCSteering, TemperedSMC, WasteFreeSMC
+from .smc import PMMH, SMC, ParticleGibbs, ResampleMove, SMCSteering, TemperedSMC, WasteFreeSMC
 
 __all__ = [
     "PMMH",
@@ -19,6 +19,7 @@ __all__ = [
     "Marginal",
     "ParticleGibbs",
     "Posterior",
+    "ResampleMove",
     "SMCSteering",
     "TemperedSMC",
     "WasteFreeSMC",

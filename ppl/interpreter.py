@@ -320,4 +320,6 @@ def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0), read.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
     zero = jnp.int32(0)
-    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index(), zero)
+    return State(
+        choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index(), jnp.float32(0), zero
+    )

@@ -78,7 +78,8 @@ def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Arra
     moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists, root=root, made=made,
                            asked=state.clock, chances=state.chances + fresh, resamplings=resamplings)  # fmt: skip
     log_weight = jnp.where(due, total - total_twist(moved), state.log_weight)
-    return moved._replace(log_weight=log_weight), extra, ancestor
+    own = reindex(state.log_weight - state.offset, ancestor)
+    return moved._replace(log_weight=log_weight, offset=jnp.where(due, log_weight - own, state.offset)), extra, ancestor
 
 
 def remembering(state: State, generations: int) -> State:

@@ -65,6 +65,8 @@ class State(NamedTuple):
     """int32[]: how often it could so far, weights having moved in between"""
     root: Array
     """int32[]: this particle's ancestor at the start of the run"""
+    offset: Array
+    """float32[], nats: `log_weight` less the log of target over proposal of this particle's own path; resampling changes it"""
     made: Array
     """int32[]: how many active random choices this particle's trace has so far: values, tokens, and plates, whose elements
     choose side by side"""

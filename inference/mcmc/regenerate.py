@@ -89,15 +89,22 @@ class Regenerate:
         """The traces after one move of each; of what was proposed, `Info.accepted` is the part that was accepted."""
         target.require_choices("Regenerate")
         cut_key, run_key, accept_key = jax.random.split(rng_key, 3)
-        cuts = jax.random.randint(cut_key, traces.made.shape, 0, jnp.maximum(traces.made, 1))
+        cuts = random_cuts(cut_key, traces.made)
         prefixes = Prefixes(target.choices(traces.draw), cuts)
         output = target.population(run_key, Settings(cuts.shape[0], RegeneratingSource()), trace=prefixes)
         proposed = traces_of(output)
-        accept = accepts(accept_key, log_ratio(traces, proposed, power))
+        rise = power * (proposed.log_weight - traces.log_weight)
+        accept = accepts(accept_key, log_ratio(rise, traces.made, proposed.made))
         return jax.vmap(choose)(accept, proposed, traces), info_of(output, accept.mean())
 
 
-def log_ratio(now: Traces, then: Traces, power: Array) -> Array:
-    """Log of the ratio by which regenerated traces are accepted, float32, nats; NaN where both have weight 0."""
-    choices = lambda traces: jnp.log(jnp.maximum(traces.made, 1).astype(jnp.float32))
-    return power * (then.log_weight - now.log_weight) + choices(now) - choices(then)
+def random_cuts(rng_key: Array, made: Array) -> Array:
+    """Of how many choices to keep, int32[N]: from 0 to one less than there are, uniformly."""
+    return jax.random.randint(rng_key, made.shape, 0, jnp.maximum(made, 1))
+
+
+def log_ratio(rise: Array, made: Array, made_then: Array) -> Array:
+    """Log of the ratio by which regenerated traces are accepted, float32, nats: `rise` is that of the target over the
+    proposal, `made` are the numbers of choices before and after."""
+    choices = lambda made: jnp.log(jnp.maximum(made, 1).astype(jnp.float32))
+    return rise + choices(made) - choices(made_then)

@@ -4,6 +4,7 @@ from .bounds import Bounds, evidence_bounds
 from .conditional import ParticleGibbs
 from .ladder import Ladder, Rung
 from .pmmh import PMMH
+from .rejuvenation import ResampleMove
 from .resampling import Resampler, Tempered
 from .smc import SMC
 from .steering import Branching, SMCSteering
@@ -20,6 +21,7 @@ __all__ = [
     "EveryK",
     "Ladder",
     "ParticleGibbs",
+    "ResampleMove",
     "Resampler",
     "Rung",
     "SMCSteering",

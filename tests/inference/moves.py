@@ -171,9 +171,6 @@ class Enumerated:
         prefixes = Prefixes(jax.tree.map(repeat, self.values), jnp.full(count, WHOLE))
         return traces_of(self.target.population(key, settings, trace=prefixes))
 
-    def traces(self, which: Any) -> Traces:
-        return Traces(Draw({}, {}, []), jnp.asarray(self.log_weight)[which], jnp.asarray(self.made)[which])
-
     def transition(self, power: float) -> np.ndarray:
         """float64[X, X]: the kernel."""
         count = len(self.density)
@@ -183,8 +180,8 @@ class Enumerated:
             values, log_weight, made, p = self.run(self.values, jnp.full(count, cut), worlds_)
             here = self.made > cut
             np.testing.assert_allclose(np.asarray(p).sum(1)[here], 1.0, atol=1e-5)
-            now = jax.tree.map(lambda x: x[:, None], self.traces(np.arange(count)))
-            ratio = log_ratio(now, Traces(Draw({}, {}, []), log_weight, made), power)
+            rise = power * (log_weight - self.log_weight[:, None])
+            ratio = log_ratio(rise, jnp.asarray(self.made)[:, None], made)
             accepted = np.asarray(p * jnp.exp(jnp.minimum(ratio, 0.0)), np.float64)
             flat = {k: np.asarray(v).reshape(count * self.num_worlds, *v.shape[2:]) for k, v in values.items()}
             keys = self.keys(flat)
