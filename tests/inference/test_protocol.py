@@ -27,6 +27,7 @@ ALGORITHMS = {
     "SMCSteering": inference.SMCSteering(N // 3, branches=3),
     "TemperedSMC": inference.TemperedSMC(N, temperatures=(0.5, 1.0)),
     "WasteFreeSMC": inference.WasteFreeSMC(N, chain_length=10, temperatures=(0.5, 1.0)),
+    "ResampleMove": inference.ResampleMove(inference.SMC(N)),
 }
 RUNS = {"TemperedSMC": 3 * N, "WasteFreeSMC": N + N // 10 * 9}
 """how often a trace is written, where that is not once for each particle"""
