@@ -29,8 +29,9 @@ ALGORITHMS = {
     "WasteFreeSMC": inference.WasteFreeSMC(N, chain_length=10, temperatures=(0.5, 1.0)),
     "ResampleMove": inference.ResampleMove(inference.SMC(N)),
 }
-RUNS = {"TemperedSMC": 3 * N, "WasteFreeSMC": N + N // 10 * 9}
-"""how often a trace is written, where that is not once for each particle"""
+RUNS = N + N // 10 * 9
+WORK = {"TemperedSMC": (12 * N, 9 * N), "WasteFreeSMC": (4 * RUNS, 3 * RUNS), "ResampleMove": (17 * N, 9 * N)}
+"""most tokens, and potentials, where a trace is written more than once"""
 
 
 @ppl.program
@@ -111,16 +112,17 @@ def test_what_it_says_agrees_with_itself_and_with_enumeration(posterior, exact):
 
 
 def test_ledger(name, posterior):
-    ledger, n = posterior.ledger, RUNS.get(name, len(posterior.log_weights))
+    ledger, n = posterior.ledger, len(posterior.log_weights)
+    most, potentials = WORK.get(name, (4 * n, 3 * n))
     lengths = posterior.values["head"].length.sum() + posterior.values["loop"].length.sum()
     assert ledger.seconds > 0
     if posterior.exact:
         assert (ledger.tokens_generated, ledger.tokens_scored) == (0, lengths)
     else:
         assert ledger.tokens_scored == 0
-        assert ledger.tokens_generated <= 4 * n
+        assert ledger.tokens_generated <= most
         assert ledger.tokens_generated > 0
-        assert ledger.potential_calls == 3 * n
+        assert ledger.potential_calls == potentials
         assert 0 < ledger.utilisation <= 1
 
 
