@@ -193,13 +193,13 @@ class Climb:
         values, arrays, skeleton = given_arrays(self.staged, given), arrays_of(self.staged), self.staged.skeleton()
         Target(skeleton, arrays, values).require_choices(algorithm)
 
-        def part(name: str, fn: Callable[..., Any]) -> Any:
+        def part(how: Any, fn: Callable[..., Any]) -> Any:
             run = lambda arrays, values, *rest: fn(Target(skeleton, arrays, values), *rest)
-            key = (self.staged.key(), renewal, name, tuple(sorted(values)))
-            return partial(compiled(key, lambda: run), arrays, values)
+            return partial(compiled((self.staged.key(), how, tuple(sorted(values))), lambda: run), arrays, values)
 
-        self.begin = part("begin", lambda target, key: first_population(target, key, renewal.num_particles))
-        self.renew = part("renew", renewal.renew)
+        size = renewal.num_particles
+        self.begin = part(("forward", size), lambda target, key: first_population(target, key, size))
+        self.renew = part(renewal, renewal.renew)
         self.infos: list[Info] = []
         self.sizes: list[int] = []
 
