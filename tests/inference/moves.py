@@ -6,7 +6,7 @@ in every world of what follows gives a row of the matrix.
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -45,6 +45,14 @@ class World(worlds.World):
 
 
 RADIX = 3
+
+
+def short_text():
+    """Few traces of one to two choices; a part of the first ones is impossible."""
+    text, _ = ppl.generate("text", ppl.prompt(M3), max_tokens=2, proposal=ppl.proposals.temperature(1.5))
+    ppl.factor("reward", 2 * J[text.tokens].sum())
+    ppl.condition("possible", text.tokens[0] != 1)
+    return text.tokens
 
 
 def steered_text():
@@ -115,6 +123,7 @@ def words_in_a_loop():
 
 
 PROGRAMS = {
+    "short text": short_text,
     "steered text": steered_text,
     "exclusive branches": exclusive_branches,
     "plate": plate_between,
@@ -122,6 +131,12 @@ PROGRAMS = {
     "reverse scan": CASES["reverse scan over data"].program,
     "while": CASES["while loop stops by data"].program,
 }
+
+
+@cache
+def enumerated(name: str) -> "Enumerated":
+    """The program of that name in `PROGRAMS`."""
+    return Enumerated(PROGRAMS[name])
 
 
 class Enumerated:

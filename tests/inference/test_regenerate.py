@@ -11,19 +11,19 @@ from latentrace.inference.chains import run_chains
 from latentrace.ppl import errors
 
 from .cases import M2, M3
-from .moves import PROGRAMS, Enumerated, exclusive_branches, plate_between
+from .moves import PROGRAMS, enumerated, exclusive_branches
 
-
-@pytest.fixture(scope="module", params=PROGRAMS)
-def enumerated(request):
-    return Enumerated(PROGRAMS[request.param])
+QUICK = ["steered text", "exclusive branches", "plate", "while"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS if name not in QUICK]
 
 
 @pytest.mark.parametrize("power", [1.0, 0.3])
-def test_detailed_balance(enumerated, power):
-    matrix = enumerated.transition(power)
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_detailed_balance(name, power):
+    found = enumerated(name)
+    matrix = found.transition(power)
     # q W^power, where the density is q W
-    target = enumerated.density * np.exp((power - 1) * enumerated.log_weight.astype(np.float64))
+    target = found.density * np.exp((power - 1) * found.log_weight.astype(np.float64))
     target /= target.sum()
     assert (matrix > -1e-6).all()
     assert (matrix > 1e-6).sum() > 2 * len(target), "the chain moves"
@@ -35,18 +35,18 @@ def test_detailed_balance(enumerated, power):
 
 
 def test_choices_are_counted_where_they_are_made():
-    found = Enumerated(exclusive_branches)
+    found = enumerated("exclusive branches")
     k, x = (np.asarray(found.values[name]) for name in ("k", "x"))
     length = np.where(x[:, 0] == M2.eos_id, 1, 2)
     np.testing.assert_array_equal(found.made, np.where(k == 1, 2 + length, 3))
-    plate = Enumerated(plate_between)
+    plate = enumerated("plate")
     text = np.asarray(plate.values["text"])
     np.testing.assert_array_equal(plate.made, 2 + np.where(text[:, 0] == M3.eos_id, 1, 2))
 
 
 def test_the_compiled_move_is_this_kernel():
     """Frequencies of one move from every trace, against the rows of the matrix."""
-    found, n = Enumerated(exclusive_branches), 4000
+    found, n = enumerated("exclusive branches"), 4000
     matrix = found.transition(0.3)
     number = {key: i for i, key in enumerate(found.key)}
     move = jax.jit(lambda key, traces: mcmc.Regenerate().move(found.target, key, traces, jnp.float32(0.3))[0])

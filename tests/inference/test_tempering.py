@@ -6,7 +6,7 @@ x) must be its density under the target.
 """
 
 import itertools
-from functools import cache
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +24,11 @@ from latentrace.inference.smc.triggers import ESSBelow
 from latentrace.inference.smc.waste_free import ancestors
 from latentrace.ppl import errors, run
 
-from .cases import CASES, M2, M3, J
-from .moves import Enumerated
+from .cases import CASES
+from .moves import enumerated
 from .test_against_enumeration import check_sampler, staged_once  # noqa: F401  (a fixture)
 
 POWERS = (0.35, 1.0)
-
-
-def short_text():
-    """Few traces of one to two choices; a part of the first ones is impossible."""
-    text, _ = ppl.generate("text", ppl.prompt(M3), max_tokens=2, proposal=ppl.proposals.temperature(1.5))
-    ppl.factor("reward", 2 * J[text.tokens].sum())
-    ppl.condition("possible", text.tokens[0] != 1)
-    return text.tokens
-
-
-@cache
-def enumerated_text() -> Enumerated:
-    return Enumerated(short_text)
 
 
 class Uniform:
@@ -59,7 +46,7 @@ class Worlds:
     """States of a population (trace numbers int[S, N], log-weights [S, N]) and their probabilities."""
 
     def __init__(self, particles: int):
-        found = enumerated_text()
+        found = enumerated("short text")
         self.matrices = {power: found.transition(power) for power in POWERS}
         q = found.density * np.exp(-found.log_weight.astype(np.float64))
         self.evidence, self.target = found.density.sum(), found.density
@@ -172,7 +159,9 @@ def problem(request):
 
 @pytest.mark.usefixtures("staged_once")
 @pytest.mark.parametrize("problem", ["while loop stops by data"], indirect=True)
-@pytest.mark.parametrize("algorithm", RUNS)
+@pytest.mark.parametrize(
+    "algorithm", ["adaptive", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fixed", "waste-free"))]
+)
 def test_against_enumeration(problem, algorithm):
     check_sampler(problem, RUNS[algorithm])
 
@@ -193,6 +182,7 @@ def t_statistics(estimates, truth):
 
 
 ALPHA = 4.0
+LM = models.MarkovLM([-0.4, -0.9, 0.4], [[0.0, 0.0, 0.0], [-0.9, 1.6, 0.2], [0.2, 0.9, 0.1]], 0)
 
 
 @ppl.program
@@ -204,14 +194,13 @@ def sharpened(lm):
 @pytest.mark.parametrize("algorithm", ["adaptive", "waste-free"])
 def test_from_p_to_its_power(algorithm):
     """Where plain sampling seldom meets what p^4 favours: all texts of a Markov chain, enumerated."""
-    lm = models.MarkovLM([-0.4, -0.9, 0.4], [[0.0, 0.0, 0.0], [-0.9, 1.6, 0.2], [0.2, 0.9, 0.1]], 0)
-    exact = inference.Exact().run(jax.random.key(0), sharpened, lm)
+    exact = inference.Exact().run(jax.random.key(0), sharpened, LM)
     statistics = lambda posterior: [posterior.probability(lambda v, n=n: v["text"].length == n) for n in (1, 2, 5)]
     truth = [1.0, *statistics(exact)]
     assert min(truth) > 0.01, truth
     estimates = []
     for seed in range(16):
-        posterior = RUNS[algorithm].run(jax.random.key(seed), sharpened, lm)
+        posterior = RUNS[algorithm].run(jax.random.key(seed), sharpened, LM)
         ratio = np.exp(posterior.log_evidence - exact.log_evidence)
         estimates.append([ratio, *(ratio * np.array(statistics(posterior)))])
     assert (np.abs(t_statistics(estimates, truth)) < 6).all(), (np.mean(estimates, 0), truth)
@@ -268,34 +257,37 @@ def test_the_next_temperature():
 
 
 def test_a_ladder_is_found_in_a_pilot_run_and_may_be_handed_over():
-    lm = M2
-    first = inference.TemperedSMC(64, num_moves=3).run(jax.random.key(1), sharpened, lm)
+    algorithm = RUNS["adaptive"]
+    first = algorithm.run(jax.random.key(1), sharpened, LM)
     traced = run.traced
-    again = inference.TemperedSMC(64, num_moves=3).run(jax.random.key(1), sharpened, lm)
-    given = inference.TemperedSMC(64, num_moves=3, temperatures=first.ladder.temperatures).run(jax.random.key(1), sharpened, lm)
-    inference.TemperedSMC(64, num_moves=3).run(jax.random.key(2), sharpened, lm)
+    again = algorithm.run(jax.random.key(1), sharpened, LM)
+    given = replace(algorithm, temperatures=first.ladder.temperatures).run(jax.random.key(1), sharpened, LM)
+    algorithm.run(jax.random.key(2), sharpened, LM)
     assert run.traced == traced, "a second run compiles nothing"
     for other in (again, given):
         assert other.ladder == first.ladder
         np.testing.assert_array_equal(other.values["text"].tokens, first.values["text"].tokens)
     assert first.ladder[-1].power == 1
     assert list(first.ladder.temperatures) == sorted(set(first.ladder.temperatures))
-    assert all(0 < rung.accepted < 1 and 1 <= rung.ess <= 64.001 for rung in first.ladder)
+    assert all(0 < rung.accepted < 1 and 1 <= rung.ess <= 600.001 for rung in first.ladder)
     assert len(repr(first.ladder).splitlines()) == len(first.ladder) + 1
     # each move decodes every trace once, and so does the pilot run
-    passes = 1 + 3 * len(given.ladder)
-    assert 64 * passes < given.ledger.tokens_generated <= 64 * passes * 5
-    assert given.ledger.potential_calls == 64 * passes
-    assert first.ledger.potential_calls == 2 * 64 * passes
+    passes = 1 + 2 * len(given.ladder)
+    assert 600 * passes < given.ledger.tokens_generated <= 600 * passes * 5
+    assert given.ledger.potential_calls == 600 * passes
+    assert first.ledger.potential_calls == 600 * passes * 2
     assert given.ledger.model_calls <= 6 * passes
     assert 0 < given.ledger.utilisation <= 1
 
 
 def test_the_cost_of_waste_free():
-    posterior = inference.WasteFreeSMC(64, chain_length=8, temperatures=(0.5, 1.0)).run(jax.random.key(0), sharpened, M2)
-    assert posterior.ledger.potential_calls == 64 + 8 * 7
-    assert [np.isnan(rung.accepted) for rung in posterior.ladder] == [False, True]
-    assert len(posterior.weights) == 64
+    posterior = RUNS["waste-free"].run(jax.random.key(0), sharpened, LM)
+    rungs = posterior.ladder
+    assert len(rungs) > 1
+    # the last temperature moves nothing; the pilot run has as many temperatures
+    assert posterior.ledger.potential_calls == 2 * (600 + 30 * 19 * (len(rungs) - 1))
+    assert [np.isnan(rung.accepted) for rung in rungs] == [False] * (len(rungs) - 1) + [True]
+    assert len(posterior.weights) == 600
     assert 0 < posterior.ledger.utilisation <= 1
 
 
