@@ -140,6 +140,7 @@ RUNS = {
     "fixed": inference.TemperedSMC(600, temperatures=(0.0, 0.3, 1.0), ess_threshold=0.9, resample="ssp"),
     "waste-free": inference.WasteFreeSMC(600, chain_length=20),
 }
+WASTE_FREE = pytest.param("waste-free", marks=pytest.mark.slow)
 VARIED = [
     "reverse scan over data",
     "cond returns a context",
@@ -159,9 +160,7 @@ def problem(request):
 
 @pytest.mark.usefixtures("staged_once")
 @pytest.mark.parametrize("problem", ["while loop stops by data"], indirect=True)
-@pytest.mark.parametrize(
-    "algorithm", ["adaptive", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fixed", "waste-free"))]
-)
+@pytest.mark.parametrize("algorithm", ["adaptive", pytest.param("fixed", marks=pytest.mark.slow), WASTE_FREE])
 def test_against_enumeration(problem, algorithm):
     check_sampler(problem, RUNS[algorithm])
 
@@ -229,7 +228,7 @@ def rewarded_moments():
     return log_evidence, p[1], p @ mean, p @ (mean**2 + variance)
 
 
-@pytest.mark.parametrize("algorithm", ["adaptive", "waste-free"])
+@pytest.mark.parametrize("algorithm", ["adaptive", WASTE_FREE])
 def test_a_reward_of_a_continuous_site(algorithm):
     log_evidence, *moments = rewarded_moments()
     estimates = []
