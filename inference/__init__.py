@@ -6,7 +6,7 @@ from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
 from .importance import ImportanceSampling
 from .posterior import Ledger, Marginal, Posterior
-from .smc import PMMH, SMC, SMC2, ParticleGibbs, SMCSteering
+from .smc import PMMH, SMC, SMC2, ParticleGibbs, ResampleMove, SMCSteering, TemperedSMC, WasteFreeSMC
 
 __all__ = [
     "PMMH",
@@ -20,7 +20,10 @@ __all__ = [
     "Marginal",
     "ParticleGibbs",
     "Posterior",
+    "ResampleMove",
     "SMCSteering",
+    "TemperedSMC",
+    "WasteFreeSMC",
     "mcmc",
     "simulation_based_calibration",
     "smc",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from latentrace.ppl.errors import SiteNameError, near_misses
+from latentrace.ppl.errors import SiteError, SiteNameError, near_misses
 from latentrace.ppl.run import (
     Arrays,
     Output,
@@ -45,6 +45,16 @@ class Draw(NamedTuple):
     returned: list[Array]
 
 
+class Traces(NamedTuple):
+    """Traces of a population; leading axes of particles."""
+
+    draw: Draw
+    log_weight: Array
+    """float32[N], nats: log W, the target over the program's proposal"""
+    made: Array
+    """int32[N]: how many random choices each has"""
+
+
 class Info(NamedTuple):
     """What one step of a kernel reports."""
 
@@ -66,11 +76,17 @@ class Target(NamedTuple):
         """The random sites whose values are not given."""
         return [name for name in random_sites(self.staged) if name not in self.given]
 
-    def population(
-        self, rng_key: Array, settings: Settings, given: Mapping[str, Array] = {}, trace: dict[str, Array] | None = None
-    ) -> Output:
-        """Run a population with more values given; `trace` is for the source of its choices."""
+    def population(self, rng_key: Array, settings: Settings, given: Mapping[str, Array] = {}, trace: Any = None) -> Output:
+        """Run a population with more values given; `trace` is what its choices repeat."""
         return runner(self.staged, settings)(rng_key, jnp.int32(0), self.arrays, {**self.given, **given}, trace or {})  # type: ignore[no-any-return]
+
+    def require_choices(self, algorithm: str) -> None:
+        """`SiteError` where nothing is random."""
+        if not self.random:
+            raise SiteError(
+                f"{algorithm}: the program has no random choice to move; every `sample` and `generate` site is given, or there "
+                "is none"
+            )
 
     def choices(self, draw: Draw) -> dict[str, Array]:
         """A draw's values of the random sites: token ids for texts."""
@@ -86,6 +102,11 @@ class Target(NamedTuple):
 def draw_of(output: Output, which: Array) -> Draw:
     """Particle number `which` of a population."""
     return Draw(*jax.tree.map(lambda x: x[which], (output.values, output.active, output.returned)))
+
+
+def traces_of(output: Output) -> Traces:
+    """All particles of a population, which drew from the program's proposal or repeat what could have been drawn."""
+    return Traces(Draw(output.values, output.active, output.returned), output.log_weight, output.made)
 
 
 def info_of(output: Output, accepted: Array) -> Info:
@@ -124,6 +145,15 @@ class Kernel(Protocol):
 
     def step(self, target: Target, rng_key: Array, state: Any) -> tuple[Any, Info]:
         """The state after one step."""
+        ...
+
+
+class PopulationKernel(Protocol):
+    """A way to move each trace of a population by itself. Hashable: it is compiled in."""
+
+    def move(self, target: Target, rng_key: Array, traces: Traces, power: Array) -> tuple[Traces, Info]:
+        """The traces after one move of each, which leaves q W^power invariant: q is the program's proposal, W the target over
+        q, `power` a positive float32[]. The proposal's own distribution is that of power 0, the posterior that of power 1."""
         ...
 
 

@@ -108,8 +108,9 @@ def finish(
     )
 
 
-def ledger_of(counts: Counts, num_particles: int, calls: int, seconds: float) -> Ledger:
-    """What a run of `calls` passes cost, from counts of its work, for each particle or in all."""
+def ledger_of(counts: Counts, num_particles: float, calls: int, seconds: float) -> Ledger:
+    """What a run of `calls` passes, of `num_particles` each on average, cost, from counts of its work, for each particle or in
+    all."""
     generated = int(np.sum(counts.generated))
     return Ledger(
         tokens_generated=generated,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,9 @@ from latentrace.ppl.errors import SiteNameError, near_misses
 
 from .genealogy import Genealogy
 from .text_tree import TextTree, tree_of
+
+if TYPE_CHECKING:
+    from .smc.ladder import Ladder
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class Posterior:
     """whether the algorithm resampled by a scheme that is biased by name: no estimate, nor the evidence, is then unbiased"""
     resamplings: Genealogy | None = field(default=None, repr=False)
     """what `genealogy` gives; None where an algorithm keeps none"""
+    ladder: "Ladder | None" = field(default=None, repr=False)
+    """the temperatures of a tempered run, with effective sample sizes and acceptance; None where there are none"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", Values(self.values))

@@ -35,12 +35,12 @@ class Choices(Protocol):
         """Digits int32[digits] of a site whose value is enumerated, and whether they are canonical; None to draw it."""
         ...
 
-    def value(self, site: SiteRef, dist: Any) -> tuple[Any, "Choices"]:
-        """A draw from a distribution."""
+    def value(self, site: SiteRef, dist: Any, number: Array) -> tuple[Any, "Choices"]:
+        """A draw from a distribution: active choice number `number` (int32[], from 0) of the trace, if it is active."""
         ...
 
-    def token(self, site: SiteRef, step: Array, logits: Array) -> tuple[Array, "Choices"]:
-        """A token int32[] drawn from logits float32[V]."""
+    def token(self, site: SiteRef, step: Array, logits: Array, number: Array) -> tuple[Array, "Choices"]:
+        """A token int32[] drawn from logits float32[V]; `number` is that of this choice, as in `value`."""
         ...
 
     def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, "Choices"]:
@@ -80,10 +80,10 @@ class Keyed(NamedTuple):
             key = jax.random.fold_in(key, index)
         return key
 
-    def value(self, site: SiteRef, dist: Any) -> tuple[Any, "Keyed"]:
+    def value(self, site: SiteRef, dist: Any, number: Array) -> tuple[Any, "Keyed"]:
         return dist.sample(self.site_key(site)), self
 
-    def token(self, site: SiteRef, step: Array, logits: Array) -> tuple[Array, "Keyed"]:
+    def token(self, site: SiteRef, step: Array, logits: Array, number: Array) -> tuple[Array, "Keyed"]:
         u = jax.random.uniform(jax.random.fold_in(self.site_key(site), step))
         return inverse_cdf(jnp.exp(logits - logits.max()), u), self
 
@@ -93,35 +93,39 @@ class Keyed(NamedTuple):
         return jax.random.uniform(jax.random.fold_in(shared, clock), (count,)), self
 
 
+WHOLE = 2**31 - 1
+"""as a cut: after every choice"""
+
+
 class Retained(NamedTuple):
-    """The choices of a population in which one particle repeats a given trace; the others draw."""
+    """The choices of a particle that repeats a given trace up to a cut, as if it were drawn, and draws what follows."""
 
     drawn: Choices
     values: dict[str, Array]
     """for each random site its value in the trace, token ids for a text; leading axes for loops and plates. Sites of rollouts,
     which no trace holds, draw"""
-    repeats: Array
-    """bool[]: whether this is the particle that repeats it"""
+    cut: Array
+    """int32[]: how many active choices are repeated, the first ones in the order of the walk; 0 draws all, `WHOLE` none"""
 
-    def _kept(self, site: SiteRef, drawn: Array, step: Array | None = None) -> Array:
+    def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
         """The trace's value where it is repeated, else what was drawn."""
         if site.name not in self.values:
             return drawn
         value = self.values[site.name]
         for index in site.path:
             value = jax.lax.dynamic_index_in_dim(value, index, keepdims=False)
-        return jnp.where(self.repeats, (value if step is None else value[step]).astype(drawn.dtype), drawn)
+        return jnp.where(number < self.cut, (value if step is None else value[step]).astype(drawn.dtype), drawn)
 
     def supply(self, spec: Spec | None, active: Any) -> None:
         return None
 
-    def value(self, site: SiteRef, dist: Any) -> tuple[Any, "Retained"]:
-        value, drawn = self.drawn.value(site, dist)
-        return self._kept(site, value), self._replace(drawn=drawn)
+    def value(self, site: SiteRef, dist: Any, number: Array) -> tuple[Any, "Retained"]:
+        value, drawn = self.drawn.value(site, dist, number)
+        return self._kept(site, value, number), self._replace(drawn=drawn)
 
-    def token(self, site: SiteRef, step: Array, logits: Array) -> tuple[Array, "Retained"]:
-        token, drawn = self.drawn.token(site, step, logits)
-        return self._kept(site, token, step), self._replace(drawn=drawn)
+    def token(self, site: SiteRef, step: Array, logits: Array, number: Array) -> tuple[Array, "Retained"]:
+        token, drawn = self.drawn.token(site, step, logits, number)
+        return self._kept(site, token, number, step), self._replace(drawn=drawn)
 
     def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, "Retained"]:
         uniforms, drawn = self.drawn.uniforms(clock, weights, count)  # nested sites that resample cannot be repeated

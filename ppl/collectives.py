@@ -39,7 +39,7 @@ def over_particles_from(one_particle: Any, num_particles: int, leaves: list[Arra
 
     def watched(_: Array, *values: Array) -> list[Array]:
         out = [jnp.asarray(x) for x in one_particle(*values)]
-        found[:] = [0 if _differs(x) else None for x in out]
+        found[:] = [0 if differs(x) else None for x in out]
         return out
 
     inputs, axes_in = (jnp.zeros(num_particles), *leaves), (0, *axes)
@@ -48,7 +48,7 @@ def over_particles_from(one_particle: Any, num_particles: int, leaves: list[Arra
     return _mapped(unwatched, num_particles, in_axes=axes_in, out_axes=list(found))(*inputs), tuple(found)
 
 
-def _differs(x: Array) -> bool:
+def differs(x: Array) -> bool:
     """Whether particles have values of their own of something that is being traced over them."""
     noted: list[bool] = []
     differs_p.bind(x, note=lambda: noted.append(True))

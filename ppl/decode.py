@@ -12,7 +12,7 @@ from .drawing import Drawn, Next, Options, draw, read_options
 from .language_model import CHUNK, LanguageModel, token_log_probs
 from .lineage import Policy, resample
 from .proposals import checks_tokens, has_potentials
-from .state import State, note_overflow, pay, steer, with_arena
+from .state import State, choose, note_overflow, pay, steer, with_arena
 from .text import Text
 
 if TYPE_CHECKING:
@@ -110,12 +110,13 @@ def decode(
             foreseen, draft, state = read_on(run, drafter, draft, known[drafter], live, state)
             drafted = side_by_side(run.models[drafter].unembed(foreseen)[0])
         now = Next(logits, drafted, features[0], w.constraint_state, live)
-        drawn, choices = draw(state.choices, site, step, now, here, run.axes)
+        drawn, choices = draw(state.choices, site, step, now, here, state.made, run.axes)
         w = w.followed_by(drawn, step, row, draft, here, lm.eos_id)
         asked = state.counts.potentials + drawn.checks
         counts = state.counts._replace(generated=state.counts.generated + live, potentials=asked)
         faults = state.faults._replace(restricted=state.faults.restricted | (live & drawn.restricted))
         state = state._replace(choices=choices, counts=counts, faults=faults)
+        state = state if run.in_plate else choose(state, live)
         over = row.position + 1 > lm.max_length
         if draft is not None:
             over |= draft.position + 1 > run.models[drafter].max_length

@@ -136,12 +136,12 @@ class Drawn(NamedTuple):
 
 
 def draw(
-    choices: Choices, site: SiteRef, step: Array, now: Next, options: Options, axes: tuple[str, ...]
+    choices: Choices, site: SiteRef, step: Array, now: Next, options: Options, number: Array, axes: tuple[str, ...]
 ) -> tuple[Drawn, Choices]:
-    """The token number `step` of a text."""
+    """The token number `step` of a text, which is choice number `number` of the trace."""
     logits, normaliser, none = now.logits, log_total(now.logits), jnp.float32(0)
     if options.draws_from_the_model:
-        token, choices = choices.token(site, step, logits)
+        token, choices = choices.token(site, step, logits, number)
         log_p = logits[token] - normaliser
         return Drawn(token, log_p, log_p, none, 0, jnp.asarray(False)), choices
     proposed, allowed, checks = options.propose(now.drafted), jnp.asarray(True), jnp.int32(0)
@@ -149,12 +149,12 @@ def draw(
     if log_psi is not None:
         proposed = proposed + log_psi
     if checks_tokens(options.constraint):
-        token, total, checks, choices = draw_by_rejection(choices, site, step, now, proposed, options, axes)
+        token, total, checks, choices = draw_by_rejection(choices, site, step, now, proposed, options, number, axes)
     else:
         if options.constraint is not None:
             allowed = over_tokens(site.name, "constraint's `mask`", options.constraint.mask(now.state), logits.shape)
             proposed = jnp.where(allowed, proposed, -jnp.inf)
-        token, choices = choices.token(site, step, proposed)
+        token, choices = choices.token(site, step, proposed, number)
         total = log_total(proposed)
     log_p, log_q = logits[token] - normaliser, proposed[token] - total
     restricted = jnp.asarray(False)
@@ -185,7 +185,14 @@ class Search(NamedTuple):
 
 
 def draw_by_rejection(
-    choices: Choices, site: SiteRef, step: Array, now: Next, proposed: Array, options: Options, axes: tuple[str, ...]
+    choices: Choices,
+    site: SiteRef,
+    step: Array,
+    now: Next,
+    proposed: Array,
+    options: Options,
+    number: Array,
+    axes: tuple[str, ...],
 ) -> tuple[Array, Array, Array, Choices]:
     """Adaptive weighted rejection sampling (Lipkin et al. 2025): draw, never twice what was rejected, until allowed.
 
@@ -208,7 +215,7 @@ def draw_by_rejection(
 
     def one_draw(s: Search) -> Search:
         here, place = searching(s), SiteRef(site.name, (*site.path, s.tries))
-        drawn, choices = s.choices.token(place, step, remaining(s.rejected))
+        drawn, choices = s.choices.token(place, step, remaining(s.rejected), number)
         again = (s.accepted == 1) & (drawn == s.token)  # known to be allowed
         asked = here & ~again
         good = again | options.allows(now.state, drawn, asked)

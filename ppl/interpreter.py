@@ -21,8 +21,8 @@ from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, cons
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
 from .nested import Samples
-from .staging import Staged, need, random_sites, walks_into
-from .state import Faults, State, no_counts, no_faults, pay, steer, together
+from .staging import Staged, need, random_sites, trace_eqns, walks_into
+from .state import Faults, State, choose, no_counts, no_faults, pay, steer, together
 
 Array = jax.Array
 
@@ -93,6 +93,20 @@ class Interpreter:
             return False  # it makes the twist by which to resample
         inside = self.policy is not None and self.policy.inside_texts
         return not (inside and eqn.primitive is sites.generate_p and decode.weighted(eqn.params))
+
+    def draws_inside(self, closed: Any) -> bool:
+        """Whether a jaxpr holds a random site whose value is not given."""
+        random = (sites.sample_p, sites.generate_p)
+        return any(e.primitive in random and e.params["name"] not in self.given for e in trace_eqns(closed))
+
+    @property
+    def in_plate(self) -> bool:
+        return self.axes[-1] != PARTICLES
+
+    def count_choice(self, active: Any) -> None:
+        """Count a choice of the trace where it is active; in a plate the plate itself is counted."""
+        if not self.in_plate:
+            self.state = choose(self.state, active)
 
     def count(self, **more: Any) -> None:
         counts = self.state.counts
@@ -302,6 +316,8 @@ class Interpreter:
         )  # fmt: skip
         if not is_rollout:
             self.merge_records(found)
+            if self.draws_inside(jaxpr):
+                self.count_choice(active)
         if not is_part:  # for `ppl.nested` to pay, or to be the twist of `ppl.lookahead`
             return [*out, log_weight]
         # deaths inside are already noted there; the sum itself belongs to no one site
@@ -327,4 +343,6 @@ def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0), read.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
     zero = jnp.int32(0)
-    return State(choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index())
+    return State(
+        choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index(), jnp.float32(0), zero
+    )

@@ -87,12 +87,13 @@ def resample(policy: Policy, state: State, extra: Any) -> tuple[State, Any, Arra
     due, ancestor = due & fresh, jnp.where(fresh, ancestor, index(policy.axes[-1]))
     arenas, extra = move(due, (state.arenas, extra), ancestor)
     log_twists = reindex(state.log_twists, ancestor)
-    root = reindex(state.root, ancestor)
+    root, made = reindex((state.root, state.made), ancestor)
     resamplings = noted(state.resamplings, due, ancestor, state.clock)
-    moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists, root=root, asked=state.clock,
-                           chances=state.chances + fresh, resamplings=resamplings)  # fmt: skip
+    moved = state._replace(choices=choices, arenas=arenas, log_twists=log_twists, root=root, made=made,
+                           asked=state.clock, chances=state.chances + fresh, resamplings=resamplings)  # fmt: skip
     log_weight = jnp.where(due, total - total_twist(moved), state.log_weight)
-    return moved._replace(log_weight=log_weight), extra, ancestor
+    own = reindex(state.log_weight - state.offset, ancestor)
+    return moved._replace(log_weight=log_weight, offset=jnp.where(due, log_weight - own, state.offset)), extra, ancestor
 
 
 def remembering(state: State, generations: int) -> State:

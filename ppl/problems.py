@@ -126,7 +126,7 @@ class Problems:
 
     def begin(self, problems: Array) -> Lanes:
         """Before the first segment, for problems int32[B]."""
-        return Lanes(self._call(segments.begin, problems, self.keys[problems]))
+        return Lanes(self._call(segments.begin, problems, self.keys[problems], {}))
 
     def straight(self, problems: Array, lanes: Lanes, segment: int) -> Lanes:
         """Through a segment that is no loop."""

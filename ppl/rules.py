@@ -62,8 +62,9 @@ def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: b
         run.record(name, value)
         return [value]
     else:
-        value, choices = run.state.choices.value(run.site(name), dist)
+        value, choices = run.state.choices.value(run.site(name), dist, run.state.made)
         run.state = run.state._replace(choices=choices)
+        run.count_choice(run.is_active())
         log_weight = (scale - 1) * log_prob(dist, value) if scaled else None
     cell = run.frame.put(value)
     if log_weight is not None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .choices import Choices, Keyed, Retained
+from .choices import WHOLE, Choices, Keyed, Retained
 from .collectives import PARTICLES, PROBLEMS, index, over_particles
 from .errors import (
     AllParticlesDeadError,
@@ -30,23 +30,40 @@ Array = jax.Array
 class Source(Protocol):
     """How a run's choices are made; hashable, since it is compiled in."""
 
-    def choices(self, rng_key: Array, particle: Array, trace: dict[str, Array]) -> Choices:
-        """The choices of particle number `particle` (int32[]); `trace` holds values of random sites, if the run has them."""
+    def choices(self, rng_key: Array, particle: Array, trace: Any) -> Choices:
+        """The choices of particle number `particle` (int32[]); `trace` is what they repeat, empty where they do not."""
         ...
 
 
 class KeyedSource(NamedTuple):
     """Pseudo-random draws."""
 
-    def choices(self, rng_key: Array, particle: Array, trace: dict[str, Array]) -> Choices:
+    def choices(self, rng_key: Array, particle: Array, trace: Any) -> Choices:
         return Keyed(rng_key, particle)
 
 
 class RetainingSource(NamedTuple):
-    """Pseudo-random draws, but particle 0 repeats a trace."""
+    """Pseudo-random draws, but particle 0 repeats a trace: a value for each random site."""
 
     def choices(self, rng_key: Array, particle: Array, trace: dict[str, Array]) -> Choices:
-        return Retained(Keyed(rng_key, particle), trace, particle == 0)
+        return Retained(Keyed(rng_key, particle), trace, jnp.where(particle == 0, WHOLE, 0))
+
+
+class Prefixes(NamedTuple):
+    """Of traces, how much their particles repeat. Leading axes of particles."""
+
+    values: dict[str, Array]
+    """as in `Retained`"""
+    cuts: Array
+    """int32[N]"""
+
+
+class RegeneratingSource(NamedTuple):
+    """Each particle repeats a trace of its own up to a cut, and draws what follows."""
+
+    def choices(self, rng_key: Array, particle: Array, trace: Prefixes) -> Choices:
+        mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, particle, keepdims=False), trace)
+        return Retained(Keyed(rng_key, particle), mine.values, mine.cuts)
 
 
 class Settings(NamedTuple):
@@ -61,6 +78,8 @@ class Settings(NamedTuple):
     """how many of the latest resamplings to keep"""
     many: bool = False
     """whether several problems run side by side"""
+    steered: bool = False
+    """whether twists have an effect though the run itself does not resample"""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -78,6 +97,8 @@ class Output(NamedTuple):
     faults: Faults
     counts: Counts
     root: Array
+    made: Array
+    """int32: active random choices of each trace"""
     resamplings: Resamplings | None = None
 
 
@@ -124,10 +145,10 @@ def execute(staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: 
 
 def runner(staged: Staged, settings: Settings) -> Any:
     """The function that runs a whole population: of the key, the first particle's number, `Arrays`, the arrays of given
-    values, and a trace for the source."""
+    values, and what the source's choices repeat."""
     staged = staged.skeleton()
 
-    def run(rng_key: Array, first: Array, arrays: Arrays, given: dict[str, Array], trace: dict[str, Array]) -> Output:
+    def run(rng_key: Array, first: Array, arrays: Arrays, given: dict[str, Array], trace: Any) -> Output:
         global traced
         traced += 1
         consts = dict(zip(staged.consts, arrays.consts))
@@ -140,13 +161,14 @@ def runner(staged: Staged, settings: Settings) -> Any:
             run = Interpreter(
                 staged, consts, models, state, given=given, policy=settings.policy, progress=progress, axes=settings.axes
             )
+            run.steered |= settings.steered
             cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in arrays.inputs])
             values = {name: run.frame.get(v) for name, (v, _) in run.records.items()}
             active = {name: run.frame.get(a) for name, (_, a) in run.records.items()}
             returned = [jnp.asarray(run.frame.get(c)) for c in cells]
             s = run.state
             root = first + s.root
-            return Output(returned, values, active, s.log_weight, s.faults, s.counts, root, s.resamplings)
+            return Output(returned, values, active, s.log_weight, s.faults, s.counts, root, s.made, s.resamplings)
 
         return over_particles(one_particle, settings.num_particles)
 

@@ -4,6 +4,7 @@ A program is cut after each text at its top level, and into the steps of its top
 `Boundary`; what particles share, such as a prompt's cache, stays shared.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -134,6 +135,7 @@ class Setting(NamedTuple):
         run.records = {name: (put(value), put(active)) for name, (value, active) in carried.records.items()}
         run.prompts = {m: [put(p) for p in blocks] for m, blocks in carried.prompts.items()}
         run.moved, run.drawn = True, self.drawn
+        run.steered |= self.settings.steered
         run.is_density = False  # particles take different branches
         env = run.constants(self.staged.jaxpr)
         env.update(zip(live(body_of(self.staged.jaxpr), at), map(put, carried.env)))
@@ -154,24 +156,30 @@ class Setting(NamedTuple):
         return Carried(values, run.recorded(), prompts, run.state, loop)
 
     def over(self, boundary: Boundary, fn: Callable[..., Any], *more: Any) -> Boundary:
-        """`fn` of what each particle carries, and of `more`, which has a leading axis of particles."""
+        """`fn` of what each particle carries, and of `more`: other boundaries, or arrays with a leading axis of particles."""
         trees: list[Any] = []
-        extra, extra_tree = jax.tree.flatten(more)
-        count = len(boundary.leaves)
+        parts = [boundary, *[x if isinstance(x, Boundary) else per_particle(x) for x in more]]
+        ends = [0, *itertools.accumulate(len(part.leaves) for part in parts)]
 
         def one_particle(*leaves: Array) -> list[Array]:
-            carried, others = boundary.tree.unflatten(leaves[:count]), jax.tree.unflatten(extra_tree, leaves[count:])
-            out, tree = jax.tree.flatten(fn(carried, *others))
+            values = [part.tree.unflatten(leaves[a:b]) for part, (a, b) in zip(parts, itertools.pairwise(ends))]
+            out, tree = jax.tree.flatten(fn(*values))
             trees[:] = [tree]
             return out
 
-        axes = (*boundary.axes, *[0] * len(extra))
-        leaves, axes = over_particles_from(one_particle, self.settings.num_particles, [*boundary.leaves, *extra], axes)
+        inputs = [x for part in parts for x in part.leaves]
+        axes = tuple(a for part in parts for a in part.axes)
+        leaves, axes = over_particles_from(one_particle, self.settings.num_particles, inputs, axes)
         return Boundary(leaves, trees[0], axes)
+
+    def parted(self, both: Boundary) -> tuple[Boundary, Any]:
+        """Of a pair, the first as a boundary; the second with a leading axis of particles."""
+        first, tree = jax.tree.flatten(both.value()[0])
+        return Boundary(first, tree, both.axes[: len(first)]), both.whole(self.settings.num_particles)[1]
 
     # --- the parts of a run, for one particle ---
 
-    def begin(self, rng_key: Array, trace: dict[str, Array]) -> Carried:
+    def begin(self, rng_key: Array, trace: Any) -> Carried:
         """Before the first equation; `trace` is for the source of choices."""
         models = [tree.unflatten(x) for tree, x in zip(self.staged.trees, self.arrays.models)]
         state = first_state(self.staged, models, self.settings.source.choices(rng_key, index(), trace))
@@ -220,14 +228,22 @@ class Setting(NamedTuple):
             run, env = self.interpreter(carried, len(body_of(self.staged.jaxpr).eqns))
             returned = [jnp.asarray(run.frame.get(run.read(env, a))) for a in body_of(self.staged.jaxpr).outvars]
         log_weight = state.log_weight if complete else state.log_weight + total_twist(state)
-        return Output(returned, values, active, log_weight, state.faults, state.counts, state.root, state.resamplings)
+        return Output(
+            returned, values, active, log_weight, state.faults, state.counts, state.root, state.made, state.resamplings
+        )
+
+
+def per_particle(tree: Any) -> Boundary:
+    """Arrays with a leading axis of particles, as a boundary."""
+    leaves, structure = jax.tree.flatten(tree)
+    return Boundary(leaves, structure, (0,) * len(leaves))
 
 
 # --- the same for all particles, each part compiled by itself ---------------------------------------------------------
 
 
-def begin(setting: Setting, rng_key: Array) -> Boundary:
-    return setting.over(Boundary([], jax.tree.structure(None), ()), lambda _: setting.begin(rng_key, {}))
+def begin(setting: Setting, rng_key: Array, trace: Any) -> Boundary:
+    return setting.over(Boundary([], jax.tree.structure(None), ()), lambda _: setting.begin(rng_key, trace))
 
 
 def straight(setting: Setting, boundary: Boundary, start: int, stop: int) -> Boundary:
@@ -263,10 +279,7 @@ def going(setting: Setting, boundary: Boundary, at: int) -> Array:
 
 def step(setting: Setting, boundary: Boundary, i: Array, at: int) -> tuple[Boundary, Collected]:
     """What the step leaves behind has a leading axis of particles."""
-    both = setting.over(boundary, lambda carried: setting.step(carried, i, at))
-    _, collected = both.whole(setting.settings.num_particles)
-    carried, tree = jax.tree.flatten(both.value()[0])
-    return Boundary(carried, tree, both.axes[: len(carried)]), collected
+    return setting.parted(setting.over(boundary, lambda carried: setting.step(carried, i, at)))
 
 
 def leave(setting: Setting, boundary: Boundary, collected: Collected, at: int) -> Boundary:
@@ -302,16 +315,25 @@ def output(setting: Setting, boundary: Boundary, complete: bool) -> Output:
 class SegmentedRun:
     """A run that the host drives: `advance` until `done`. It gives the same particles as the run in one call."""
 
-    def __init__(self, staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: Settings, abstract: bool = False):
-        """With `abstract`, nothing is computed but shapes."""
+    def __init__(
+        self,
+        staged: Staged,
+        rng_key: Array,
+        given: Mapping[str, Any],
+        settings: Settings,
+        abstract: bool = False,
+        trace: Any = None,
+    ):
+        """With `abstract`, nothing is computed but shapes; `trace` is what the source's choices repeat."""
         self.staged, self.settings, self.abstract = staged, settings, abstract
         self.arrays, self.given = arrays_of(staged), given_arrays(staged, given)
         self.segments = segments(staged)
         self.segment = 0
         self.collected: list[Collected] = []
-        self.boundary: Boundary = self._call(begin, rng_key)
+        self.boundary: Boundary = self.call(begin, rng_key, trace or {})
 
-    def _call(self, part: Callable[..., Any], *operands: Any, **static: int) -> Any:
+    def call(self, part: Callable[..., Any], *operands: Any, **static: int) -> Any:
+        """A part of the run, compiled; with it, `part` of a `Setting`, operands, and what is compiled in."""
         skeleton, settings = self.staged.skeleton(), self.settings
         key = (self.staged.key(), settings, tuple(sorted(self.given)), part, tuple(static.items()))
         make = lambda: lambda arrays, given, *x: part(Setting(skeleton, settings, arrays, given), *x, **static)
@@ -348,29 +370,32 @@ class SegmentedRun:
         """Run up to the next cut."""
         segment = self.segments[self.segment]
         if not segment.is_loop:
-            self.boundary = self._call(straight, self.boundary, start=segment.start, stop=segment.stop)
+            self.boundary = self.call(straight, self.boundary, start=segment.start, stop=segment.stop)
             self.segment += 1
             return
         at = segment.start
         if self.boundary.value().loop is None:
-            self.boundary = self._call(enter_settled, self.boundary, at=at)
+            self.boundary = self.call(enter_settled, self.boundary, at=at)
         if len(self.collected) < self.length:
             number = jnp.int32(len(self.collected))
-            self.boundary, found = self._call(step, self.boundary, number, at=at)
+            self.boundary, found = self.call(step, self.boundary, number, at=at)
             self.collected.append(found)
         if len(self.collected) == self.length:
-            self.boundary = self._call(leave, self.boundary, self._stacked(self.collected), at=at)
+            self.boundary = self.call(leave, self.boundary, self._stacked(self.collected), at=at)
             self.segment, self.collected = self.segment + 1, []
 
     def output(self) -> Output:
         """The population as it stands."""
         boundary = self.boundary
         if self.collected:
-            missing = self.length - len(self.collected)
-            blank = jax.tree.map(jnp.zeros_like, self.collected[-1])._replace(moved=jnp.arange(self.settings.num_particles))
-            at = self.segments[self.segment].start
-            boundary = self._call(cut, boundary, self._stacked([*self.collected, *[blank] * missing]), at=at)
-        return self._call(output, boundary, complete=self.done)  # type: ignore[no-any-return]
+            boundary = self.call(cut, boundary, self.padded(), at=self.segments[self.segment].start)
+        return self.call(output, boundary, complete=self.done)  # type: ignore[no-any-return]
+
+    def padded(self) -> Collected:
+        """What the steps of the loop under way left behind [N, length, ...], blank for those to come."""
+        missing = self.length - len(self.collected)
+        blank = jax.tree.map(jnp.zeros_like, self.collected[-1])._replace(moved=jnp.arange(self.settings.num_particles))
+        return self._stacked([*self.collected, *[blank] * missing])
 
     def _stacked(self, steps: list[Collected]) -> Collected:
         return self._compute(lambda steps: jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *steps), steps)  # type: ignore[no-any-return]

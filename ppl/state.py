@@ -65,6 +65,11 @@ class State(NamedTuple):
     """int32[]: how often it could so far, weights having moved in between"""
     root: Array
     """int32[]: this particle's ancestor at the start of the run"""
+    offset: Array
+    """float32[], nats: `log_weight` less the log of target over proposal of this particle's own path; resampling changes it"""
+    made: Array
+    """int32[]: how many active random choices this particle's trace has so far: values, tokens, and plates, whose elements
+    choose side by side"""
     resamplings: Resamplings | None = None
     """None where nobody asks for them"""
 
@@ -88,6 +93,11 @@ def together(faults: Faults) -> Faults:
 def no_counts() -> Counts:
     zero = jnp.int32(0)
     return Counts(zero, zero, zero, zero)
+
+
+def choose(state: State, active: Any) -> State:
+    """One more choice, where it is active."""
+    return state._replace(made=state.made + jnp.asarray(active).astype(jnp.int32))
 
 
 def total_twist(state: State) -> Array:

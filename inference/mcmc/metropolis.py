@@ -1,6 +1,7 @@
 """Metropolis-Hastings moves of `sample` sites, with the rest of the trace as it is."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from ..chains import Draw, Info, Target, added
 from .proposals import ValueProposal
 
 Array = jax.Array
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Metropolis:
 
 
 def accepts(rng_key: Array, log_ratio: Array) -> Array:
-    """bool[]: true with probability min(1, exp(log_ratio)); never for NaN."""
-    return jnp.log1p(-jax.random.uniform(rng_key)) < log_ratio
+    """bool, as many as `log_ratio`: true with probability min(1, exp(log_ratio)); never for NaN."""
+    return jnp.log1p(-jax.random.uniform(rng_key, jnp.shape(log_ratio))) < log_ratio
 
 
-def choose(accept: Array, then: Draw, now: Draw) -> Draw:
+def choose(accept: Array, then: T, now: T) -> T:
     """`then` if accepted, else `now`."""
-    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), then, now)
+    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), then, now)  # type: ignore[no-any-return]

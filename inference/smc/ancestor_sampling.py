@@ -199,7 +199,7 @@ def sweep_of(target: Target, trace: Trace, given: dict[str, Array], policy: Resa
     """A sweep in which particle 0 repeats `trace`; `policy` is that of conditional SMC."""
     staged, arrays, given = target.staged, target.arrays, {**target.given, **given}
     drawing = Setting(staged, settings, arrays, given)
-    repeating = Setting(staged, settings, arrays, {**given, **trace.values}, drawn=frozenset(trace.values))
+    repeating = Setting(staged, settings._replace(steered=False), arrays, {**given, **trace.values}, drawn=frozenset(trace.values))
     return Sweep(drawing, repeating, trace, policy)
 
 
@@ -226,6 +226,6 @@ class AncestorSampling(ConditionalSMC):
         values = target.choices(draw)
         given = {name: values.pop(name) for name in self.sites}
         trace = Trace(values, {name: draw.active[name] for name in values})
-        sweep = sweep_of(target, trace, given, policy, Settings(self.num_particles, RetainingSource()))
+        sweep = sweep_of(target, trace, given, policy, Settings(self.num_particles, RetainingSource(), steered=True))
         one_particle = lambda: sweep.drawing.output(sweep.to_the_end(rng_key), complete=True)
         return over_particles(one_particle, self.num_particles)  # type: ignore[no-any-return]

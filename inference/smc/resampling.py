@@ -253,14 +253,19 @@ def powered(weights: Array, power: Array) -> Array:
 
 def largest_power(weights: Array, ess: float) -> Array:
     """The largest power in [0, 1] at which the effective sample size is `ess` times the number of positive weights."""
-    enough = lambda power: effective_size(powered(weights, power)) >= ess * (weights > 0).sum()
+    return largest(lambda power: effective_size(powered(weights, power)) >= ess * (weights > 0).sum(), jnp.float32(0))
+
+
+def largest(fits: Callable[[Array], Array], low: Array) -> Array:
+    """The largest number float32[] from `low` to 1 that fits, by bisection: `low` fits, and what exceeds one that does not
+    does not."""
 
     def halve(bounds: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         low, high = bounds
         middle = (low + high) / 2
-        fits = enough(middle)
-        return (jnp.where(fits, middle, low), jnp.where(fits, high, middle)), None
+        fitting = fits(middle)
+        return (jnp.where(fitting, middle, low), jnp.where(fitting, high, middle)), None
 
     bits = jnp.finfo(jnp.float32).nmant + 1
-    (low, _), _ = jax.lax.scan(halve, (jnp.float32(0), jnp.float32(1)), length=bits)
-    return jnp.where(enough(jnp.float32(1)), 1.0, low)
+    (found, _), _ = jax.lax.scan(halve, (low, jnp.float32(1)), length=bits)
+    return jnp.where(fits(jnp.float32(1)), 1.0, found)

@@ -21,7 +21,7 @@ from latentrace.inference.smc.conditional import CONDITIONAL_SCHEMES
 from latentrace.inference.smc.smc import Resample
 from latentrace.inference.smc.triggers import ESSBelow
 from latentrace.ppl import errors
-from latentrace.ppl.choices import Retained
+from latentrace.ppl.choices import WHOLE, Retained
 from latentrace.ppl.collectives import over_particles
 from latentrace.ppl.run import Settings, arrays_of
 from latentrace.ppl.segments import names_in
@@ -54,7 +54,7 @@ class WorldSource(NamedTuple):
 
     def choices(self, world, particle, trace):
         mine, zero = particle == 0, jnp.float32(0)
-        return Retained(World(jnp.where(mine, 0, world % self.own), world // self.own, zero, zero), trace, mine)
+        return Retained(World(jnp.where(mine, 0, world % self.own), world // self.own, zero, zero), trace, jnp.where(mine, WHOLE, 0))
 
 
 def loop():

@@ -57,12 +57,12 @@ class Table:
             start += int(np.prod(dims, dtype=int))
         raise KeyError(name)
 
-    def value(self, site, distribution):
+    def value(self, site, distribution, number):
         support = distribution.enumerate_support()
         below = jnp.cumsum(jnp.exp(jax.vmap(distribution.log_prob)(support)))
         return support[jnp.searchsorted(below, self.uniform(site.name, site.path))], self
 
-    def token(self, site, step, logits):
+    def token(self, site, step, logits, number):
         below = jnp.cumsum(jax.nn.softmax(logits))
         return jnp.searchsorted(below, self.uniform(site.name, (*site.path, step))).astype(jnp.int32), self
 

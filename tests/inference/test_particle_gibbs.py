@@ -20,7 +20,7 @@ from latentrace.inference.smc.conditional import CONDITIONAL_SCHEMES
 from latentrace.inference.smc.smc import Resample
 from latentrace.inference.smc.triggers import ESSBelow
 from latentrace.ppl import errors
-from latentrace.ppl.choices import Retained
+from latentrace.ppl.choices import WHOLE, Retained
 from latentrace.ppl.collectives import PARTICLES, index
 from latentrace.ppl.interpreter import Interpreter, first_state
 from latentrace.ppl.run import RetainingSource, Settings, arrays_of
@@ -62,7 +62,7 @@ def kernel(
         def one_particle(_):
             zero, mine, others = jnp.float32(0), index() == 0, world // own
             drawn = world_type(jnp.where(mine, others % repeats, world % own), others // repeats, zero, zero)
-            state = first_state(staged, staged.models, Retained(drawn, trace, mine))
+            state = first_state(staged, staged.models, Retained(drawn, trace, jnp.where(mine, WHOLE, 0)))
             run = Interpreter(staged, consts, staged.models, state, policy=policy)
             cells = run.walk(staged.jaxpr, [])
             return jnp.asarray(run.frame.get(cells[0])), run.state.log_weight, run.state.choices.drawn

@@ -52,12 +52,12 @@ class World(NamedTuple):
         log_p = self.log_p_own + jax.nn.log_softmax(logits)[choice]
         return choice, self._replace(own=self.own // radix, log_p_own=log_p)
 
-    def value(self, site, distribution):
+    def value(self, site, distribution, number):
         support = distribution.enumerate_support()
         digit, choices = self._choose(jax.vmap(distribution.log_prob)(support))
         return support[digit], choices
 
-    def token(self, site, step, logits):
+    def token(self, site, step, logits, number):
         return self._choose(logits)
 
     def uniforms(self, clock, weights, count):

@@ -41,12 +41,12 @@ class World:
         paid = jax.nn.log_softmax(jnp.where(possible, logits, 0.0))[digit]
         return digit, replace(self, own=self.own // len(logits), log_p_own=self.log_p_own + paid)
 
-    def value(self, site, distribution):
+    def value(self, site, distribution, number):
         support = distribution.enumerate_support()
         digit, choices = self._choose(jax.vmap(distribution.log_prob)(support))
         return support[digit], choices
 
-    def token(self, site, step, logits):
+    def token(self, site, step, logits, number):
         return self._choose(logits)
 
     def uniforms(self, clock, weights, count):

@@ -44,7 +44,7 @@ def test_inverse_cdf_of_one_possible_token():
 
 def test_token_frequencies_follow_the_logits():
     logits = jnp.array([0.5, -jnp.inf, -1.0, 1.5])
-    keyed = lambda i: Keyed(jax.random.key(3), i).token(SiteRef("x"), jnp.int32(0), logits)[0]
+    keyed = lambda i: Keyed(jax.random.key(3), i).token(SiteRef("x"), jnp.int32(0), logits, jnp.int32(0))[0]
     n = 20_000
     found = np.bincount(np.asarray(jax.jit(jax.vmap(keyed))(jnp.arange(n))), minlength=4) / n
     p = np.asarray(jax.nn.softmax(logits))
