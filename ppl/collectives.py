@@ -122,10 +122,10 @@ reindex_p.def_abstract_eval(lambda x, ancestor: jax.core.ShapedArray(x.shape, x.
 
 def _batch_reindex(axis_data: Any, args: Any, dims: Any) -> Any:
     (x, ancestor), (x_dim, ancestor_dim) = args, dims
-    if x_dim is None:  # shared along this axis: nothing to move
-        return x, None
-    if ancestor_dim is None:  # another axis than the population's (a plate): each element moves alike
+    if ancestor_dim is None:  # an axis within the population's (a plate): each element moves alike
         return reindex_p.bind(x, ancestor), x_dim
+    if x_dim is None:  # shared by the population: nothing to move
+        return x, None
     return jnp.take(x, ancestor, axis=x_dim, mode="clip"), x_dim
 
 

@@ -18,7 +18,7 @@ import pytest
 from latentrace import inference, models, ppl
 from latentrace.ppl import errors
 from latentrace.ppl.choices import Keyed, SiteRef
-from latentrace.ppl.collectives import over_particles
+from latentrace.ppl.collectives import PARTICLES, index, over_particles, reindex
 from latentrace.ppl.interpreter import Interpreter, first_state
 from latentrace.ppl.staging import stage
 
@@ -167,6 +167,29 @@ def test_every_particle_and_visit_resamples_by_numbers_of_its_own():
     )
     assert len({draw(*where) for where in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}) == 4
     assert draw(1, 1, 1) == draw(1, 1, 1)
+
+
+def test_values_move_along_the_axis_of_the_population_that_resamples():
+    """Samples inside particles inside problems: what does not differ along the axis stays untouched, and unbatched."""
+    problems, particles, samples = 2, 3, 4
+    x = np.arange(problems * particles * samples).reshape(problems, particles, samples)
+
+    def sample(value, of_particle):
+        inner = (index("samples") + 1 + index() ** 2) % samples
+        outer = (index() + 1) % particles
+        untouched = reindex(of_particle, inner)
+        return reindex(value, inner), untouched, reindex(untouched, outer)
+
+    def particle(values, own):
+        inside = jax.vmap(sample, (0, None), (0, 0, None), axis_name="samples")
+        return inside(values, own)
+
+    over = jax.vmap(jax.vmap(particle, axis_name=PARTICLES), axis_name="problems")
+    moved, kept, passed_on = over(jnp.asarray(x), jnp.asarray(x[..., 0]))
+    for p in range(particles):
+        np.testing.assert_array_equal(moved[:, p], x[:, p, (np.arange(samples) + 1 + p**2) % samples])
+        np.testing.assert_array_equal(passed_on[:, p], x[:, (p + 1) % particles, 0])
+    np.testing.assert_array_equal(kept, np.broadcast_to(x[..., :1], x.shape))
 
 
 @ppl.program
