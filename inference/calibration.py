@@ -270,8 +270,8 @@ def check_simulable(program: Program, args: Sequence[Any], observed: Sequence[st
             p["proposal"] is not None or p["draft"] is not None or p["constraint"] != none or p["head"] != none
         ):
             raise SiteError(
-                f"site {site!r} has a proposal, a constraint or a learned twist, so a forward run is no draw of the model; "
-                "omit it"
+                f"site {site!r} has a proposal or a constraint (a learned twist proposes too), so a forward run is no draw of "
+                "the model; omit it"
             )
         if eqn.primitive is sample_p and p["scaled"]:
             raise SiteError(f"site {site!r} has a scaled density, so a forward run is no draw from it; omit the scale")

@@ -200,6 +200,9 @@ def test_chains_are_thinned_evenly():
         calibration._equally_weighted(chain, np.random.default_rng(0), 11)
 
 
+M3 = programs.markov(3)
+
+
 @pytest.mark.parametrize(
     ("site", "message"),
     [
@@ -214,6 +217,14 @@ def test_chains_are_thinned_evenly():
         (
             lambda x: ppl.generate("bad", ppl.prompt(programs.markov(3)), max_tokens=1, constraint=np.ones(3, bool)),
             "'bad' has a proposal or a constraint",
+        ),
+        (
+            lambda x: ppl.generate("bad", ppl.prompt(M3), max_tokens=1, proposal=ppl.proposals.draft(ppl.prompt(M3))),
+            "'bad' has a proposal or a constraint",
+        ),
+        (
+            lambda x: ppl.generate("bad", ppl.prompt(M3), max_tokens=1, twist=ppl.proposals.twist_head(jax.random.key(0), M3)),
+            "a learned twist proposes too",
         ),
     ],
 )
