@@ -199,7 +199,9 @@ def sweep_of(target: Target, trace: Trace, given: dict[str, Array], policy: Resa
     """A sweep in which particle 0 repeats `trace`; `policy` is that of conditional SMC."""
     staged, arrays, given = target.staged, target.arrays, {**target.given, **given}
     drawing = Setting(staged, settings, arrays, given)
-    repeating = Setting(staged, settings._replace(steered=False), arrays, {**given, **trace.values}, drawn=frozenset(trace.values))
+    repeating = Setting(
+        staged, settings._replace(steered=False), arrays, {**given, **trace.values}, drawn=frozenset(trace.values)
+    )
     return Sweep(drawing, repeating, trace, policy)
 
 

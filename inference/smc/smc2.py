@@ -54,20 +54,24 @@ class SMC2:
     """SMC^2 (Chopin, Jacob and Papaspiliopoulos 2013): sequential inference of parameters and of traces together.
 
     Each of `num_particles` parameters has a particle filter over the rest of the program. All filters advance side by side,
-    and parameters are weighted by the evidence that their filters estimate. When weights degenerate, parameters are resampled
+    and parameters are weighted by the evidence that their filters estimate. Where weights degenerate, parameters are resampled
     and each is moved by particle marginal Metropolis-Hastings (`PMMH`), for which a filter runs again from the start. The
-    posterior of parameters and trace is exact for any size of the filters in the limit of many parameters, and the estimate of
-    the evidence is unbiased.
+    posterior of parameters and trace is exact for any size of the filters in the limit of many parameters.
 
-    Weights are looked at after each text at the program's top level and each step of its top-level loops. Parameters are
-    `sample` sites that stand before every other random site.
+    The program is cut after each text at its top level and each step of its top-level loops. Moves at cuts that depend on the
+    weights would make the evidence biased. So a pilot run with a key of its own chooses the cuts, and the run itself resamples
+    and moves there whatever its weights are: its estimate of the evidence is unbiased. That doubles the cost; with `moves_at`
+    the cuts are yours, such as those of `schedule`, and there is no pilot.
+
+    Parameters are `sample` sites that stand before every other random site.
 
     Args:
         num_particles: how many parameters, M; the run holds M times `smc.num_particles` traces.
         parameters: the proposal of moves, such as `inference.mcmc.RandomWalk(theta=0.3)`; it names the parameters.
         smc: the filter of each.
         num_moves: moves after each resampling.
-        ess_threshold: resample when the effective number of parameters is below this share of them.
+        ess_threshold: the pilot resamples when the effective number of parameters is below this share of them.
+        moves_at: numbers of cuts, counted from 1, after which parameters are resampled and moved.
 
     >>> import jax, numpyro.distributions as dist
     >>> from latentrace import inference, ppl
@@ -89,11 +93,14 @@ class SMC2:
     smc: SMC
     num_moves: int = 1
     ess_threshold: float = 0.5
+    moves_at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "num_moves"):
             if getattr(self, name) < 1:
                 raise SiteError(f"SMC2: {name} must be at least 1, not {getattr(self, name)}")
+        if self.moves_at is not None and any(number < 1 for number in self.moves_at):
+            raise SiteError(f"SMC2: moves_at are numbers of cuts, counted from 1, not {self.moves_at}")
         if self.smc.policy().resampler.biased:
             raise SiteError(f"SMC2: resampling by {self.smc.resample!r} is biased; take 'systematic'")
 
@@ -104,15 +111,32 @@ class SMC2:
         """
         start = time.perf_counter()
         staged, given = prepare(program, args)
-        sampler = Sampler(self, staged, given_arrays(staged, given))
-        return sampler.run(rng_key, wants_progress(progress), start)
+        sampler = Sampler(self, staged, given_arrays(staged, given), wants_progress(progress))
+        pilot_key, run_key = jax.random.split(rng_key)
+        moves_at = self.moves_at if self.moves_at is not None else sampler.run(pilot_key, None).moved_at
+        return sampler.posterior(sampler.run(run_key, moves_at), time.perf_counter() - start)
+
+    def schedule(self, rng_key: jax.Array, program: Any, *args: Any) -> tuple[int, ...]:
+        """The cuts at which a run whose resampling depends on its weights has moved its parameters."""
+        staged, given = prepare(program, args)
+        return Sampler(self, staged, given_arrays(staged, given), progress=False).run(rng_key, None).moved_at
+
+
+class Finished(NamedTuple):
+    """The end of a run."""
+
+    parts: Problems
+    filters: Filters
+    log_total: float
+    """nats: of the evidence, what is no more in the weights of `filters`"""
+    moved_at: tuple[int, ...]
 
 
 class Sampler:
-    """One run."""
+    """Runs of one program."""
 
-    def __init__(self, algorithm: SMC2, staged: Staged, given: dict[str, Array]):
-        self.algorithm, self.staged, self.given = algorithm, staged, given
+    def __init__(self, algorithm: SMC2, staged: Staged, given: dict[str, Array], progress: bool):
+        self.algorithm, self.staged, self.given, self.progress = algorithm, staged, given, progress
         self.size = algorithm.num_particles
         self.everyone = jnp.arange(self.size)
         self.settings = Settings(algorithm.smc.num_particles, policy=algorithm.smc.policy(), many=True)
@@ -196,26 +220,28 @@ class Sampler:
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
 
-    def run(self, rng_key: Array, progress: bool, start: float) -> Posterior:
-        """From the start to the end."""
+    def run(self, rng_key: Array, moves_at: tuple[int, ...] | None) -> Finished:
+        """From the start to the end; where it may choose, it moves parameters when their weights degenerate."""
         prior_key, filter_key = jax.random.split(jax.random.fold_in(rng_key, 0))
         parameters, log_prior = self.prior(prior_key)
         parts = self.filters(parameters, filter_key)
         now, since, log_total = Filters(parameters, parts.begin(self.everyone), log_prior, self.everyone), None, 0.0
-        cuts = list(self.cuts(parts))
-        for number, cut in enumerate(tqdm(cuts, unit=" cuts", leave=False, delay=3, disable=not progress), 1):
+        cuts, moved_at = list(self.cuts(parts)), []
+        for number, cut in enumerate(tqdm(cuts, unit=" cuts", leave=False, delay=3, disable=not self.progress), 1):
             now, since = now._replace(lanes=self.advance(parts, now.lanes, since, cut)), cut
             log_evidence, work = self.look(parts, now.lanes)
             log_weights = log_evidence - now.log_base
             if number == len(cuts) or (log_weights == -jnp.inf).all():
                 break
             weights = jax.nn.softmax(log_weights)
-            if effective_size(weights) < self.algorithm.ess_threshold * self.size:
+            low = effective_size(weights) < self.algorithm.ess_threshold * self.size
+            if low if moves_at is None else number in moves_at:
                 log_total += float(jax.nn.logsumexp(log_weights) - np.log(self.size))
                 parts, now = self.renew(jax.random.fold_in(rng_key, number), parts, now, weights, cut)
                 self.spend(work)
+                moved_at.append(number)
         self.spend(work)
-        return self.finish(parts, now, log_total, time.perf_counter() - start)
+        return Finished(parts, now, log_total, tuple(moved_at))
 
     def renew(self, rng_key: Array, parts: Problems, now: Filters, weights: Array, cut: Cut) -> tuple[Problems, Filters]:
         """Resample parameters with their filters, and move them; the weights are equal after."""
@@ -244,8 +270,9 @@ class Sampler:
     def spend(self, work: Counts) -> None:
         self.spent = jax.tree.map(lambda a, b: a + b, self.spent, work)
 
-    def finish(self, parts: Problems, now: Filters, log_total: float, seconds: float) -> Posterior:
+    def posterior(self, finished: Finished, seconds: float) -> Posterior:
         """The traces of all filters: their weights' mean is the evidence."""
+        parts, now, log_total, _ = finished
         output = jax.device_get(parts.output(self.everyone, now.lanes))
         root = np.repeat(np.asarray(now.root), self.settings.num_particles)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)

@@ -54,7 +54,9 @@ class WorldSource(NamedTuple):
 
     def choices(self, world, particle, trace):
         mine, zero = particle == 0, jnp.float32(0)
-        return Retained(World(jnp.where(mine, 0, world % self.own), world // self.own, zero, zero), trace, jnp.where(mine, WHOLE, 0))
+        return Retained(
+            World(jnp.where(mine, 0, world % self.own), world // self.own, zero, zero), trace, jnp.where(mine, WHOLE, 0)
+        )
 
 
 def loop():

@@ -67,7 +67,7 @@ def test_unbiased_on_an_enumerable_program():
     functions = [lambda t: t["style"] == 0, lambda t: t["style"] == 2, lambda t: t["x"].tokens[..., 1, 0] == 1,
                  lambda t: (t["style"] == 1) & (t["first"].tokens[..., 0] == 2)]  # fmt: skip
     expected = [(f, exact.expectation(f)) for f in functions]
-    algorithm = inference.SMC2(4, Switch(), inference.SMC(2, 0.9), num_moves=2, ess_threshold=0.8)
+    algorithm = inference.SMC2(4, Switch(), inference.SMC(2, 0.9), num_moves=2, moves_at=(1, 2))
     check_unbiased(algorithm, styles, (), 150, exact.log_evidence, expected)
 
 
@@ -83,17 +83,20 @@ def test_unbiased_on_a_linear_gaussian_program():
     mean, variance = drift_posterior()
     expected = [(lambda t: t["drift"], mean[0]), (lambda t: (t["drift"] - mean[0]) ** 2, variance[0]),
                 (lambda t: t["x"][..., 0], mean[1]), (lambda t: t["x"][..., -1], mean[-1])]  # fmt: skip
-    algorithm = inference.SMC2(16, RandomWalk(drift=0.6), inference.SMC(8), ess_threshold=0.7)
+    algorithm = inference.SMC2(16, RandomWalk(drift=0.6), inference.SMC(8), ess_threshold=0.9)
     check_unbiased(algorithm, drifting, (YS,), 200, drift_evidence(), expected)
 
 
 def test_moves_make_new_parameters_and_are_paid():
-    few = inference.SMC2(8, RandomWalk(drift=0.5), inference.SMC(8), ess_threshold=1.1)
+    few = inference.SMC2(8, RandomWalk(drift=0.5), inference.SMC(8), moves_at=(1, 3))
+    assert few.schedule(jax.random.key(0), drifting, YS) == few.schedule(jax.random.key(0), drifting, YS)
+    always = inference.SMC2(8, RandomWalk(drift=0.5), inference.SMC(8), ess_threshold=1.1)
+    assert always.schedule(jax.random.key(0), drifting, YS) == (1, 2, 3), "a pilot may move before the last cut"
     posterior = few.run(jax.random.key(0), drifting, YS)
     assert len(np.unique(posterior.values["drift"])) > 3
     assert len(np.unique(posterior.roots)) > 3
-    plain = inference.SMC2(8, Switch(), inference.SMC(4), ess_threshold=0.0).run(jax.random.key(0), styles)
-    moved = inference.SMC2(8, Switch(), inference.SMC(4), ess_threshold=1.1, num_moves=3).run(jax.random.key(0), styles)
+    plain = inference.SMC2(8, Switch(), inference.SMC(4), moves_at=()).run(jax.random.key(0), styles)
+    moved = inference.SMC2(8, Switch(), inference.SMC(4), moves_at=(1, 2), num_moves=3).run(jax.random.key(0), styles)
     assert moved.ledger.tokens_generated > 2 * plain.ledger.tokens_generated > 0
 
 
@@ -107,6 +110,8 @@ def test_bad_input():
     walk, smc = RandomWalk(theta=1.0), inference.SMC(4)
     with pytest.raises(errors.SiteError, match="num_particles must be at least 1, not 0"):
         inference.SMC2(0, walk, smc)
+    with pytest.raises(errors.SiteError, match=r"moves_at are numbers of cuts, counted from 1, not \(0,\)"):
+        inference.SMC2(4, walk, smc, moves_at=(0,))
     with pytest.raises(errors.SiteError, match="'ceil_residual' is biased"):
         inference.SMC2(4, walk, inference.SMC(4, resample="ceil_residual"))
     with pytest.raises(errors.SiteError, match="site 'early' is drawn before or together with a parameter"):
