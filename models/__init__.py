@@ -3,6 +3,7 @@
 from latentrace.models.config import LayerOptions, TransformerConfig
 from latentrace.models.errors import CheckpointError
 from latentrace.models.hmm import HMMLM
+from latentrace.models.hmm_fit import fit_hmm
 from latentrace.models.loading import load, load_reward, save
 from latentrace.models.markov import MarkovLM
 from latentrace.models.reward import RewardModel
@@ -23,6 +24,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "TransformerLM",
+    "fit_hmm",
     "load",
     "load_reward",
     "log_probs",
