@@ -287,7 +287,10 @@ CASES: dict[str, tuple[Any, Any, int, int, bool]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("draft in a branch", "checked, with draft and potentials", "checked branch", "learned twist in a loop")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_expected_weighted_measure_is_the_target(case):
     program, density, own, shared, inside_texts = CASES[case]
     target = programs.measure(programs.paths(density))
@@ -300,7 +303,7 @@ def test_expected_weighted_measure_is_the_target(case):
             assert abs(error) < 1e-5 * evidence, (threshold, trace, error)
 
 
-@pytest.mark.parametrize("case", ["draft", "checked", "checked branch"])
+@pytest.mark.parametrize("case", ["draft", "checked"])
 def test_exact_inference_has_the_target(case):
     program, density, *_ = CASES[case]
     target = programs.measure(programs.paths(density))

@@ -101,7 +101,7 @@ def errors_of(case):
     ]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "in a loop")) for case in CASES])
 def test_expected_weighted_measure_is_the_target(case):
     for found in errors_of(case):
         assert max(map(abs, found.values())) < 1e-5, found

@@ -67,7 +67,7 @@ PLACES = [
     pytest.param(looping, True, id="looping, same model"),
     pytest.param(looping, False, id="looping, another model", marks=pytest.mark.slow),
     pytest.param(in_a_plate, True, id="in a plate, same model", marks=pytest.mark.slow),
-    pytest.param(in_a_plate, False, id="in a plate, another model"),
+    pytest.param(in_a_plate, False, id="in a plate, another model", marks=pytest.mark.slow),
 ]
 
 
