@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from latentrace.ppl.errors import RunError, SiteError
 from latentrace.ppl.problems import Lanes, Problems, inputs_of, stage_alike
 from latentrace.ppl.program import as_program
-from latentrace.ppl.run import Settings
+from latentrace.ppl.run import Output, Settings
 from latentrace.ppl.staging import check_given
 
 from .driver import finish, wants_progress
@@ -23,14 +23,14 @@ from .posterior import Posterior
 Array = jax.Array
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """The run of one problem, and where it stands."""
 
     problem: int
-    lanes: Lanes
+    lanes: Lanes | None = None
     """of the batch that it was in last"""
-    place: int
+    place: int = 0
     """its place there"""
     segment: int = 0
     steps: int = 0
@@ -93,25 +93,17 @@ class Schedule:
         self.parts, self.size = parts, size
         self.waiting = list(range(num_problems))[::-1]
         self.lanes: list[Lane] = []
-        self.batches = 0
-        """how many compiled calls there were"""
 
-    def run(self) -> Any:
+    def run(self) -> Iterator[tuple[Lane, Output]]:
         """Each finished lane and its output, as they finish."""
         while self.lanes or self.waiting:
             free = self.size - len(self.lanes)
             if self.waiting and (free >= min(self._some, len(self.waiting)) or not self.lanes):
-                self._begin(free)
-            segment = self._next_segment()
-            batch = [lane for lane in self.lanes if lane.segment == segment][: self.size]
-            self._advance(batch, segment)
-            done = [lane for lane in batch if lane.segment == len(self.parts.segments)]
-            if done:
-                problems, lanes = self._batch(done)
-                output = jax.device_get(self.parts.output(problems, lanes))
-                self.lanes = [lane for lane in self.lanes if lane not in done]
-                for place, lane in enumerate(done):
-                    yield lane, jax.tree.map(lambda x, place=place: x[place], output)
+                yield from self._begin(free)
+            if self.lanes:
+                segment = self._next_segment()
+                batch = [lane for lane in self.lanes if lane.segment == segment][: self.size]
+                yield from self._advance(batch, segment)
 
     @property
     def _some(self) -> int:
@@ -128,27 +120,49 @@ class Schedule:
             return max(some)
         return max(loops or straight, key=lambda s: (count[s], s))
 
-    def _begin(self, free: int) -> None:
+    def _begin(self, free: int) -> Iterator[tuple[Lane, Output]]:
+        """Start problems that wait; a program of one segment is over at once."""
+        parts, now = self.parts, time.perf_counter()
         started = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
-        lanes = self.parts.begin(self._filled(started))
-        now = time.perf_counter()
-        self.lanes += [Lane(problem, lanes, place, start=now) for place, problem in enumerate(started)]
-        self.batches += 1
+        lanes = [Lane(problem, start=now) for problem in started]
+        self.lanes += lanes
+        problems = self._filled(started)
+        if parts.length(0):
+            self._settle(lanes, parts.begin(problems))
+        elif len(parts.segments) == 1:
+            yield from self._finish(lanes, parts.whole(problems))
+        else:
+            self._settle(lanes, parts.open(problems))
+            self._leave(lanes)
 
-    def _advance(self, batch: list[Lane], segment: int) -> None:
+    def _advance(self, batch: list[Lane], segment: int) -> Iterator[tuple[Lane, Output]]:
         """One segment further, or one step of a loop."""
         parts, length = self.parts, self.parts.length(segment)
+        last = segment == len(parts.segments) - 1
         if not length:
             problems, lanes = self._batch(batch)
-            self._settle(batch, parts.straight(problems, lanes, segment))
-            self._leave(batch)
-            return
+            if last:
+                yield from self._finish(batch, parts.close(problems, lanes))
+            else:
+                self._settle(batch, parts.straight(problems, lanes, segment))
+                self._leave(batch)
+        elif over := self._step(batch, segment, length):
+            problems, lanes = self._batch(over)
+            lanes = parts.leave(problems, lanes, segment)
+            if last:
+                yield from self._finish(over, parts.output(problems, lanes))
+            else:
+                self._settle(over, lanes)
+                self._leave(over)
+
+    def _step(self, batch: list[Lane], segment: int, length: int) -> list[Lane]:
+        """One step of a loop for all of a batch; those which are done with it."""
+        parts = self.parts
         if entering := [lane for lane in batch if not lane.steps]:
             problems, lanes = self._batch(entering)
             self._settle(entering, parts.enter(problems, lanes, segment))
         problems, lanes = self._batch(batch)
-        steps = jnp.asarray(self._filled([lane.steps for lane in batch]))
-        lanes, going = parts.step(problems, lanes, steps, segment)
+        lanes, going = parts.step(problems, lanes, self._filled([lane.steps for lane in batch]), segment)
         self._settle(batch, lanes)
         over = []
         for lane, goes in zip(batch, np.asarray(going)):
@@ -156,15 +170,17 @@ class Schedule:
             if lane.steps == length or lane.idle:
                 over.append(lane)
             lane.idle = not goes
-        if over:
-            problems, lanes = self._batch(over)
-            self._settle(over, parts.leave(problems, lanes, segment))
-            self._leave(over)
+        return over
+
+    def _finish(self, batch: list[Lane], output: Output) -> Iterator[tuple[Lane, Output]]:
+        output = jax.device_get(output)
+        self.lanes = [lane for lane in self.lanes if lane not in batch]
+        for place, lane in enumerate(batch):
+            yield lane, jax.tree.map(lambda x, place=place: x[place], output)
 
     def _settle(self, batch: list[Lane], lanes: Lanes) -> None:
         for place, lane in enumerate(batch):
             lane.lanes, lane.place = lanes, place
-        self.batches += 1
 
     def _leave(self, batch: list[Lane]) -> None:
         for lane in batch:
@@ -177,11 +193,12 @@ class Schedule:
     def _batch(self, batch: list[Lane]) -> tuple[Array, Lanes]:
         """Problems int32[size] and what their lanes carry; where they already lie side by side, nothing moves."""
         problems, first = self._filled([lane.problem for lane in batch]), batch[0].lanes
+        assert first is not None
         if len(batch) == self.size and all(lane.lanes is first and lane.place == i for i, lane in enumerate(batch)):
             return problems, first
         sources: list[Lanes] = []
         for lane in batch:
-            if not any(lane.lanes is known for known in sources):
+            if lane.lanes is not None and not any(lane.lanes is known for known in sources):
                 sources.append(lane.lanes)
         where = [next(i for i, known in enumerate(sources) if lane.lanes is known) for lane in batch]
         picked = [i * self.size + lane.place for i, lane in zip(where, batch)]

@@ -16,7 +16,7 @@ from .collectives import over_problems
 from .errors import SiteError
 from .jaxpr import all_eqns, body_of
 from .loops import Collected, length_of
-from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays
+from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays, runner
 from .segments import Boundary, Setting
 from .sites import extend_p, prompt_p, score_p
 from .staging import Staged, stage
@@ -128,6 +128,19 @@ class Problems:
         """Before the first segment, for problems int32[B]."""
         return Lanes(self._call(segments.begin, problems, self.keys[problems], {}))
 
+    def open(self, problems: Array) -> Lanes:
+        """After the first segment, which is no loop, in one call: nothing but what is needed later is brought back."""
+        return Lanes(self._call(_open, problems, self.keys[problems], stop=self.segments[0].stop))
+
+    def close(self, problems: Array, lanes: Lanes) -> Output:
+        """What lanes bring back that stand before the last segment, which is no loop, in one call."""
+        last = self.segments[-1]
+        return self._call(_close, problems, lanes.boundary, start=last.start, stop=last.stop)  # type: ignore[no-any-return]
+
+    def whole(self, problems: Array) -> Output:
+        """The whole run of a program of one segment that is no loop, in one call."""
+        return self._call(_whole, problems, self.keys[problems])  # type: ignore[no-any-return]
+
     def straight(self, problems: Array, lanes: Lanes, segment: int) -> Lanes:
         """Through a segment that is no loop."""
         where = self.segments[segment]
@@ -162,6 +175,18 @@ class Problems:
     def output(self, problems: Array, lanes: Lanes, complete: bool = True) -> Output:
         """What lanes bring back that are at the end, or else somewhere between loops; leading axes of lanes and particles."""
         return self._call(segments.output, problems, lanes.boundary, complete=complete)  # type: ignore[no-any-return]
+
+
+def _open(setting: Setting, rng_key: Array, stop: int) -> Boundary:
+    return segments.straight(setting, segments.begin(setting, rng_key, {}), 0, stop)
+
+
+def _close(setting: Setting, boundary: Boundary, start: int, stop: int) -> Output:
+    return segments.output(setting, segments.straight(setting, boundary, start, stop), complete=True)
+
+
+def _whole(setting: Setting, rng_key: Array) -> Output:
+    return runner(setting.staged, setting.settings)(rng_key, jnp.int32(0), setting.arrays, setting.given, {})  # type: ignore[no-any-return]
 
 
 def _enter(setting: Setting, boundary: Boundary, at: int) -> tuple[Boundary, Collected]:

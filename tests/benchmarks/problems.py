@@ -52,11 +52,12 @@ def main() -> None:
     runs = {
         "plain, one prompt": one(plain, algorithm=sampling(total)),
         "plain, 64 problems": many(plain, algorithm=sampling(PARTICLES)),
-        "forbid, one prompt": one(forbid, allowed, algorithm=inference.SMC(total)),
         "forbid, 64 problems": many(forbid, allowed),
         "twisted, 64 problems, resampled": many(twisted),
-        "twisted, 64 problems, at each token": many(twisted, algorithm=inference.SMC(PARTICLES, 1.1)),
     }
+    if not args.large:
+        runs["forbid, one prompt"] = one(forbid, allowed, algorithm=inference.SMC(total))
+        runs["twisted, 64 problems, at each token"] = many(twisted, algorithm=inference.SMC(PARTICLES, 1.1))
     times = seconds(runs, args.repeats)
     for name, s in times.items():
         rate, of_plain = total * NEW_TOKENS / s, times["plain, one prompt"] / s

@@ -133,14 +133,14 @@ def test_bad_input():
 
 
 def test_an_interrupt_keeps_what_has_finished(monkeypatch):
-    def interrupted(self, *args, output=Problems.output):
+    def interrupted(self, *args, whole=Problems.whole):
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
-        return output(self, *args)
+        return whole(self, *args)
 
     calls = []
-    monkeypatch.setattr(Problems, "output", interrupted)
+    monkeypatch.setattr(Problems, "whole", interrupted)
     found = inference.SMC(40).run_many(KEY, picky, [jnp.int32(n) for n in (1, 2, 3)], at_once=1)
     assert found[0].log_evidence < 0
     assert found[1:] == [None, None]

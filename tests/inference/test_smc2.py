@@ -15,7 +15,7 @@ from latentrace.ppl import errors
 
 from .test_particle_gibbs import YS, drift_posterior, drifting
 
-LM = programs.hmm(2, 3, seed=5)
+LM = programs.markov(3, seed=4)
 REWARD = jnp.array([0.8, -0.9, 0.3])
 
 
@@ -23,7 +23,7 @@ REWARD = jnp.array([0.8, -0.9, 0.3])
 def styles():
     """A style decides which tokens are liked, in a text and in a loop after it."""
     style = ppl.sample("style", dist.Categorical(jnp.array([0.5, 0.2, 0.3])))
-    liked = jnp.roll(2 * REWARD, style)
+    liked = jnp.roll(0.8 * REWARD, style)
     first, context = ppl.generate("first", ppl.prompt(LM), max_tokens=2)
     ppl.factor("first reward", liked[first.tokens].sum())
 
@@ -65,10 +65,11 @@ def check_unbiased(algorithm, program, args, seeds, log_evidence, expected):
 def test_unbiased_on_an_enumerable_program():
     exact = inference.Exact().run(jax.random.key(0), styles)
     functions = [lambda t: t["style"] == 0, lambda t: t["style"] == 2, lambda t: t["x"].tokens[..., 1, 0] == 1,
-                 lambda t: (t["style"] == 1) & (t["first"].tokens[..., 0] == 2)]  # fmt: skip
+                 lambda t: t["first"].tokens[..., 0] == 2]  # fmt: skip
+    assert all(0.1 < exact.expectation(f) < 0.9 for f in functions), "rare events would tell nothing"
     expected = [(f, exact.expectation(f)) for f in functions]
     algorithm = inference.SMC2(4, Switch(), inference.SMC(2, 0.9), num_moves=2, moves_at=(1, 2))
-    check_unbiased(algorithm, styles, (), 150, exact.log_evidence, expected)
+    check_unbiased(algorithm, styles, (), 120, exact.log_evidence, expected)
 
 
 def drift_evidence():
@@ -79,6 +80,7 @@ def drift_evidence():
     return float(-0.5 * (rest @ np.linalg.solve(covariance, rest) + np.linalg.slogdet(2 * np.pi * covariance)[1]))
 
 
+@pytest.mark.slow
 def test_unbiased_on_a_linear_gaussian_program():
     mean, variance = drift_posterior()
     expected = [(lambda t: t["drift"], mean[0]), (lambda t: (t["drift"] - mean[0]) ** 2, variance[0]),
@@ -91,7 +93,7 @@ def test_moves_make_new_parameters_and_are_paid():
     few = inference.SMC2(8, RandomWalk(drift=0.5), inference.SMC(8), moves_at=(1, 3))
     assert few.schedule(jax.random.key(0), drifting, YS) == few.schedule(jax.random.key(0), drifting, YS)
     always = inference.SMC2(8, RandomWalk(drift=0.5), inference.SMC(8), ess_threshold=1.1)
-    assert always.schedule(jax.random.key(0), drifting, YS) == (1, 2, 3), "a pilot may move before the last cut"
+    assert always.schedule(jax.random.key(0), drifting, YS) == (1, 2, 3, 4), "all but the last"
     posterior = few.run(jax.random.key(0), drifting, YS)
     assert len(np.unique(posterior.values["drift"])) > 3
     assert len(np.unique(posterior.roots)) > 3

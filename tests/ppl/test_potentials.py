@@ -9,7 +9,7 @@ import programs
 import pytest
 
 from latentrace import inference, ppl
-from latentrace.ppl.collectives import index
+from latentrace.ppl.collectives import PARTICLES, index
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Settings, execute
 from latentrace.ppl.staging import stage
@@ -44,7 +44,7 @@ TWIST = np.array([0.4, -1.2, 0.7], np.float32)
 class Recorder:
     """A policy that never resamples, and notes what it is asked about."""
 
-    inside_texts = True
+    inside_texts, axes = True, (PARTICLES,)
 
     def __init__(self):
         self.seen: dict[int, float] = {}
