@@ -155,6 +155,10 @@ def _batch_move(axis_data: Any, args: Any, dims: Any) -> Any:
 batching.fancy_primitive_batchers[move_p] = _batch_move
 
 
+SMALL = 2**18
+"""bytes of a population that are moved sooner than it is found out whether they must be"""
+
+
 @jax.custom_batching.custom_vmap
 def _moved(due: Array, ancestors: Array, leaves: list[Array]) -> list[Array]:
     """Leaves of all particles (leading axis), each as its ancestor has it where `due`."""
@@ -163,9 +167,12 @@ def _moved(due: Array, ancestors: Array, leaves: list[Array]) -> list[Array]:
 
 @_moved.def_vmap
 def _moved_populations(count: int, batched: Any, due: Array, ancestors: Array, leaves: list[Array]) -> Any:
-    """Of many populations only those that are due are copied, one after the other."""
+    """Of many populations only those that are due are copied, one after the other; small ones all at once."""
     repeat = lambda x, has_axis: x if has_axis else jnp.broadcast_to(x[None], (count, *x.shape))
     due, ancestors, leaves = jax.tree.map(repeat, (due, ancestors, leaves), tuple(batched))
+    if sum(x.size * x.dtype.itemsize for x in leaves) < SMALL * count:
+        pick = lambda x: jnp.where(due.reshape(-1, *[1] * (x.ndim - 1)), jax.vmap(_taken)(x, ancestors), x)
+        return [pick(x) for x in leaves], [True] * len(leaves)
     order = jnp.argsort(~due)
 
     def one_population(k: Array, leaves: list[Array]) -> list[Array]:
