@@ -168,7 +168,7 @@ def _moved(due: Array, ancestors: Array, leaves: list[Array]) -> list[Array]:
 @_moved.def_vmap
 def _moved_populations(count: int, batched: Any, due: Array, ancestors: Array, leaves: list[Array]) -> Any:
     """Of many populations only those that are due are copied, one after the other; small ones all at once."""
-    repeat = lambda x, has_axis: x if has_axis else jnp.broadcast_to(x[None], (count, *x.shape))
+    repeat = lambda x, has_axis: jnp.asarray(x) if has_axis else jnp.broadcast_to(x[None], (count, *x.shape))
     due, ancestors, leaves = jax.tree.map(repeat, (due, ancestors, leaves), tuple(batched))
     if sum(x.size * x.dtype.itemsize for x in leaves) < SMALL * count:
         pick = lambda x: jnp.where(due.reshape(-1, *[1] * (x.ndim - 1)), jax.vmap(_taken)(x, ancestors), x)
