@@ -38,7 +38,7 @@ class World(worlds.World):
     def enter_element(self, i, jaxpr):
         return replace(self, own=self.own // RADIX**i)
 
-    def leave_plate(self, size, jaxpr):
+    def leave_plate(self, size, jaxpr, elements):
         if not any(eqn.primitive is sample_p for eqn in all_eqns(jaxpr)):
             return self
         return replace(self, own=self.own // RADIX**size, log_p_own=self.log_p_own - size * np.log(RADIX))
