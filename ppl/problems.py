@@ -31,12 +31,14 @@ def stage_alike(fn: Callable[..., Any], problems: Sequence[tuple[Any, ...]]) -> 
     Raises `SiteError` where the problems lead to different programs.
     """
     found = [stage(fn, args) for args in problems]
-    if len({staged.key() for staged in found}) > 1:
-        longest = max(map(_longest_text, found))
-        found = [stage(fn, args, pad_to=longest) for args in problems]
+    texts = [_text_lengths(staged) for staged in found]
+    longest = max((length for lengths in texts for length in lengths), default=0)
+    shorter = lambda lengths: any(length < longest for length in lengths)
+    if len(set(map(tuple, texts))) > 1:
+        found = [stage(fn, a, pad_to=longest) if shorter(lengths) else s for s, a, lengths in zip(found, problems, texts)]
     first = found[0].key()
     for number, staged in enumerate(found):
-        if staged.key() != first:
+        if number and staged.key() != first:
             raise SiteError(
                 f"problem {number} stages to another program than problem 0: problems may differ in arrays and in texts. Pass "
                 "numbers as arrays, and give options, functions and models one value for all"
@@ -46,10 +48,10 @@ def stage_alike(fn: Callable[..., Any], problems: Sequence[tuple[Any, ...]]) -> 
     return found
 
 
-def _longest_text(staged: Staged) -> int:
-    """Tokens of the longest given text, padding included."""
+def _text_lengths(staged: Staged) -> list[int]:
+    """Tokens of each given text, padding included."""
     given = (prompt_p, extend_p, score_p)
-    return max((e.invars[-1].aval.shape[0] for e in all_eqns(staged.jaxpr) if e.primitive in given), default=0)
+    return [e.invars[-1].aval.shape[0] for e in all_eqns(staged.jaxpr) if e.primitive in given]
 
 
 class Inputs(NamedTuple):

@@ -108,7 +108,8 @@ def stage(fn: Callable[..., Any], args: tuple[Any, ...], pad_to: int = 0) -> Sta
     A function that needs concrete arrays (for shapes, say) is staged with them as constants, which are hoisted.
     Given texts are padded to at least `pad_to` tokens.
     """
-    is_model = lambda x: isinstance(x, LanguageModel) or callable(x)
+    plain = (int, float, str)  # as in lists of token ids; asking whether they are models takes longer than the rest
+    is_model = lambda x: not isinstance(x, plain) and (isinstance(x, LanguageModel) or callable(x))
     leaves, tree = flatten(args, is_model)
     arrays = [leaf for leaf in leaves if not _is_static(leaf)]
 
