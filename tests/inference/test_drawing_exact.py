@@ -13,7 +13,7 @@ import pytest
 from latentrace import inference, ppl
 from latentrace.ppl.language_model import empty_memory
 
-from .test_smc_exact import EOS, LM, PROMISE, REWARD, V, estimated_measure
+from .test_smc_exact import EOS, LM, PROMISE, REWARD, V, check_measure
 
 OTHER = programs.markov(V, eos_id=EOS, seed=11)
 HIDDEN = programs.hmm(2, V, eos_id=EOS, seed=9)
@@ -292,15 +292,7 @@ SLOW = ("draft in a branch", "checked, with draft and potentials", "checked bran
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_expected_weighted_measure_is_the_target(case):
-    program, density, own, shared, inside_texts = CASES[case]
-    target = programs.measure(programs.paths(density))
-    evidence = sum(target.values())
-    total, measures = estimated_measure(program, own, shared, inside_texts, THRESHOLDS)
-    np.testing.assert_allclose(total, 1.0, atol=1e-5)
-    for threshold, measure in zip(THRESHOLDS, measures):
-        for trace in {*target, *measure}:
-            error = measure.get(trace, 0.0) - target.get(trace, 0.0)
-            assert abs(error) < 1e-5 * evidence, (threshold, trace, error)
+    check_measure(*CASES[case], THRESHOLDS)
 
 
 @pytest.mark.parametrize("case", ["draft", "checked"])
