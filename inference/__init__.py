@@ -5,10 +5,12 @@ from .anytime import Budget, Checkpoint
 from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
 from .importance import ImportanceSampling
+from .mcmc import MCMC
 from .posterior import Ledger, Marginal, Posterior
 from .smc import PMMH, SMC, SMC2, ParticleGibbs, ResampleMove, SMCSteering, TemperedSMC, WasteFreeSMC
 
 __all__ = [
+    "MCMC",
     "PMMH",
     "SMC",
     "SMC2",

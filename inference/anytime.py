@@ -5,9 +5,8 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from latentrace.ppl.errors import RunCheckpointError, SiteError
-from latentrace.ppl.run import Settings
+from latentrace.ppl.run import Settings, arrays_of
 from latentrace.ppl.segments import SegmentedRun
 from latentrace.ppl.staging import Staged
 
@@ -87,7 +86,7 @@ def run_in_segments(
     staged, given = prepare(program, args)
     settings = make_settings(staged, None)
     run = SegmentedRun(staged, rng_key, given, settings)
-    mark = fingerprint(run, rng_key) if checkpoint else {}
+    mark = fingerprint(staged, settings, run.given, rng_key) if checkpoint else {}
     if checkpoint and Path(checkpoint.path).exists():
         restore(run, checkpoint.path, mark, SegmentedRun(staged, rng_key, given, settings, abstract=True), rng_key)
     budget, saved, cuts = budget or Budget(), time.monotonic(), 0
@@ -114,35 +113,38 @@ def run_in_segments(
     return finish(staged, output, calls=calls, seconds=time.monotonic() - start, stopped=stopped)
 
 
-def fingerprint(run: SegmentedRun, rng_key: Array) -> dict[str, str]:
+def fingerprint(staged: Staged, settings: Any, given: dict[str, Array], rng_key: Array) -> dict[str, str]:
     """What a checkpoint has to agree with: the program's structure, how it is run, the key, and every array that it reads."""
     plain = lambda value: re.sub(r" at 0x[0-9a-f]+|object at \S+", "", str(value))
     data = 0
-    for array in jax.tree.leaves((run.arrays, run.given)):
+    for array in jax.tree.leaves((arrays_of(staged), given)):
         data = zlib.crc32(_to_bytes(jax.numpy.asarray(array)).data, data)
     return {
-        "program": str(zlib.crc32(plain(run.staged.jaxpr).encode())),
-        "settings": plain(run.settings),
+        "program": str(zlib.crc32(plain(staged.jaxpr).encode())),
+        "settings": plain(settings),
         "rng_key": str(np.asarray(jax.random.key_data(rng_key)).tolist()),
         "arrays": str(data),
     }
 
 
 def save(run: SegmentedRun, path: str | Path, mark: dict[str, str]) -> None:
-    """Write where a run stands; a file that is there is replaced only by a whole one."""
+    """Write where a run stands."""
     arrays = {f"boundary.{i}": x for i, x in enumerate(run.boundary.leaves)}
     for step, collected in enumerate(run.collected):
         arrays |= {f"collected.{step}.{i}": x for i, x in enumerate(jax.tree.leaves(collected))}
-    place = {"segment": str(run.segment), "steps": str(len(run.collected))}
+    write(path, arrays, {**mark, "segment": str(run.segment), "steps": str(len(run.collected))})
+
+
+def write(path: str | Path, arrays: Mapping[str, Any], about: dict[str, str]) -> None:
+    """Write a checkpoint; a file that is there is replaced only by a whole one."""
     target = Path(path)
     unfinished = target.with_name(target.name + ".part")
-    metadata = {"latentrace": json.dumps({**mark, **place})}
-    save_file({name: _to_bytes(x) for name, x in arrays.items()}, unfinished, metadata=metadata)
+    save_file({name: _to_bytes(x) for name, x in arrays.items()}, unfinished, metadata={"latentrace": json.dumps(about)})
     os.replace(unfinished, target)
 
 
-def restore(run: SegmentedRun, path: str | Path, mark: dict[str, str], shapes: SegmentedRun, rng_key: Array) -> None:
-    """Put a run where a checkpoint says. `shapes`, the same run without its numbers, tells what should be there."""
+def read(path: str | Path, mark: dict[str, str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a checkpoint, as bytes for `like` to read, and what `write` was told about them."""
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             found = json.loads((file.metadata() or {}).get("latentrace", "null"))
@@ -154,17 +156,25 @@ def restore(run: SegmentedRun, path: str | Path, mark: dict[str, str], shapes: S
         raise RunCheckpointError(
             f"{path}: belongs to another run (its {' and '.join(wrong)} differ); name another file, or delete it to start anew"
         )
+    return arrays, found
+
+
+def like(tree: Any, arrays: Mapping[str, np.ndarray], prefix: str, rng_key: Array) -> Any:
+    """The arrays of a checkpoint named `prefix.0`, `prefix.1`, ... as the leaves of a tree of such shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    impl = jax.random.key_impl(rng_key)
+    return jax.tree.unflatten(structure, [_from_bytes(arrays[f"{prefix}.{i}"], x, impl) for i, x in enumerate(leaves)])
+
+
+def restore(run: SegmentedRun, path: str | Path, mark: dict[str, str], shapes: SegmentedRun, rng_key: Array) -> None:
+    """Put a run where a checkpoint says. `shapes`, the same run without its numbers, tells what should be there."""
+    arrays, found = read(path, mark)
     segment, steps = int(found["segment"]), int(found["steps"])
     while shapes.segment < segment or len(shapes.collected) < min(steps, 1):
         shapes.advance()
-    like_boundary, like_step = shapes.boundary, shapes.collected[:1] * steps
-    read = partial(_from_bytes, impl=jax.random.key_impl(rng_key))
-    leaves = [read(arrays[f"boundary.{i}"], x) for i, x in enumerate(like_boundary.leaves)]
-    run.boundary = jax.tree.unflatten(jax.tree.structure(like_boundary), leaves)
-    run.segment, run.collected = segment, []
-    for number, like in enumerate(like_step):
-        leaves = [read(arrays[f"collected.{number}.{i}"], x) for i, x in enumerate(jax.tree.leaves(like))]
-        run.collected.append(jax.tree.unflatten(jax.tree.structure(like), leaves))
+    run.boundary = like(shapes.boundary, arrays, "boundary", rng_key)
+    run.segment = segment
+    run.collected = [like(x, arrays, f"collected.{i}", rng_key) for i, x in enumerate(shapes.collected[:1] * steps)]
 
 
 def _to_bytes(x: Array) -> np.ndarray:

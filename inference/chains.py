@@ -1,37 +1,17 @@
-"""Markov chains over traces: what a kernel is, what it may ask of a program, and the loop that drives it.
+"""Markov chains over traces: what a kernel is, and what it may ask of a program. `inference.MCMC` drives one."""
 
-A kernel is a pair of pure functions. `init(target, rng_key)` gives a first state and `step(target, rng_key, state)` the next
-one; a state holds a `Draw` in its field `draw`. A kernel is hashable: its fields are compiled in.
-"""
-
-import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from latentrace.ppl.errors import SiteError, SiteNameError, near_misses
-from latentrace.ppl.run import (
-    Arrays,
-    Output,
-    Settings,
-    arrays_of,
-    check_faults,
-    compiled,
-    given_arrays,
-    label_values,
-    runner,
-)
+from latentrace.ppl.errors import SiteError
+from latentrace.ppl.run import Arrays, Output, Settings, check_faults, runner
 from latentrace.ppl.sites import generate_p
-from latentrace.ppl.staging import Staged, check_repeatable, random_sites
-from latentrace.ppl.state import Counts, Faults, together
-
-from .driver import ledger_of, prepare, wants_progress
-from .posterior import Posterior
+from latentrace.ppl.staging import Staged, random_sites
+from latentrace.ppl.state import Counts, Faults, Tempering, together
 
 Array = jax.Array
 
@@ -62,6 +42,8 @@ class Info(NamedTuple):
     """float32[]: how much of what was proposed was accepted, between 0 and 1"""
     faults: Faults
     counts: Counts
+    stats: dict[str, Any] = {}
+    """arrays by name: what a kernel says of its steps besides"""
 
 
 class Target(NamedTuple):
@@ -70,6 +52,21 @@ class Target(NamedTuple):
     staged: Staged
     arrays: Arrays
     given: dict[str, Array]
+    num_warmup: int = 0
+    """the first steps, in which kernels may adapt; their draws are not kept"""
+    iteration: Array | int = 0
+    """int32[]: number of this step, from 0 on"""
+    shared_key: Array | None = None
+    """a key of this step that all chains have in common"""
+    tempering: Tempering | None = None
+    """of the target; None where it is the program's posterior"""
+    side_by_side: bool = False
+    """whether chains run side by side, on an axis of their own"""
+
+    def shared(self, rng_key: Array) -> Array:
+        """A key for what chains had better choose alike, such as where to cut, so that they stay in step; `rng_key`, a chain's
+        own, where there is but one."""
+        return rng_key if self.shared_key is None else self.shared_key
 
     @property
     def random(self) -> list[str]:
@@ -78,7 +75,9 @@ class Target(NamedTuple):
 
     def population(self, rng_key: Array, settings: Settings, given: Mapping[str, Array] = {}, trace: Any = None) -> Output:
         """Run a population with more values given; `trace` is what its choices repeat."""
-        return runner(self.staged, settings)(rng_key, jnp.int32(0), self.arrays, {**self.given, **given}, trace or {})  # type: ignore[no-any-return]
+        settings = settings._replace(many=self.side_by_side)
+        run = runner(self.staged, settings, self.tempering)
+        return run(rng_key, jnp.int32(0), self.arrays, {**self.given, **given}, trace or {})  # type: ignore[no-any-return]
 
     def require_choices(self, algorithm: str) -> None:
         """`SiteError` where nothing is random."""
@@ -118,34 +117,81 @@ def info_of(output: Output, accepted: Array) -> Info:
 def added(one: Info, other: Info) -> Info:
     """Two parts of one step; of both acceptances the second is kept."""
     faults = jax.tree.map(jnp.maximum, one.faults, other.faults)
-    return Info(other.accepted, faults, jax.tree.map(jnp.add, one.counts, other.counts))
+    return other._replace(faults=faults, counts=jax.tree.map(jnp.add, one.counts, other.counts))
 
 
-class Kernel(Protocol):
-    """One way to move from trace to trace that leaves a program's posterior invariant."""
+def check(staged: Staged, info: Info) -> None:
+    """Raise what went wrong in steps, of any leading axes."""
+    faults = jax.tree.map(lambda x: np.asarray(x).reshape(-1), info.faults)
+    check_faults(staged, faults, np.zeros(len(faults.bound)))
+
+
+class Kernel:
+    """One way to move from trace to trace that leaves a program's posterior invariant.
+
+    A kernel is a pair of pure functions of one chain: `init` gives a state at a trace, `step` the next state. `inference.MCMC`
+    runs many chains side by side under `vmap`, compiled, so a kernel has to be hashable: a frozen dataclass whose fields are
+    numbers, strings and other kernels. A state is a pytree with the chain's trace in its field `draw`; `at` puts the chain at
+    another one, which other kernels of a cycle have found.
+
+    >>> import dataclasses, jax, jax.numpy as jnp, numpyro.distributions as dist
+    >>> from latentrace import inference, ppl
+    >>> from latentrace.inference.chains import Kernel, State
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Flip(Kernel):
+    ...     "Metropolis' move of one coin."
+    ...     site: str
+    ...     def init(self, target, rng_key, draw):
+    ...         return State(draw)
+    ...     def step(self, target, rng_key, state):
+    ...         values = target.choices(state.draw)
+    ...         now, log_now, _ = target.evaluate(values)
+    ...         then, log_then, info = target.evaluate({**values, self.site: 1 - values[self.site]})
+    ...         accept = jnp.log(jax.random.uniform(rng_key)) < log_then - log_now
+    ...         draw = jax.tree.map(lambda a, b: jnp.where(accept, a, b), then, now)
+    ...         return State(draw), info._replace(accepted=accept.astype(jnp.float32))
+    >>> coin = ppl.program(lambda: ppl.sample("coin", dist.Bernoulli(0.3)))
+    >>> posterior = inference.MCMC(Flip("coin"), num_samples=400, num_chains=2).run(jax.random.key(0), coin)
+    >>> abs(posterior.expectation("coin") - 0.3) < 0.1
+    np.True_
+    """
 
     @property
     def num_particles(self) -> int:
-        """Size of the population that it runs; 1 for none."""
-        ...
+        """Size of the population that it runs for each chain; 1 for none."""
+        return 1
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The random sites that it names."""
-        ...
+        return ()
 
-    @property
-    def repeats(self) -> bool:
-        """Whether it runs a population in which one particle repeats the chain's trace."""
-        ...
+    def check(self, target: Target) -> None:
+        """Raise what can be known to be wrong with a target before anything runs."""
 
-    def init(self, target: Target, rng_key: Array) -> tuple[Any, Info]:
-        """A first state; `Info.accepted` is 0 where none of positive density was found."""
-        ...
+    def start(self, target: Target, rng_key: Array, values: Mapping[str, Array]) -> tuple[Draw, Info]:
+        """A trace to start from, with these values, by a forward run; `Info.accepted` is 0 where it has density 0."""
+        output = target.population(rng_key, Settings(1), values)
+        found = output.log_weight[0] > -jnp.inf
+        return draw_of(output, jnp.int32(0)), info_of(output, found.astype(jnp.float32))
+
+    def init(self, target: Target, rng_key: Array, draw: Draw) -> Any:
+        """The state of a chain at a trace."""
+        raise NotImplementedError
 
     def step(self, target: Target, rng_key: Array, state: Any) -> tuple[Any, Info]:
         """The state after one step."""
-        ...
+        raise NotImplementedError
+
+    def at(self, target: Target, state: Any, draw: Draw) -> Any:
+        """The state of the same chain at another trace: what has been adapted stays."""
+        return state._replace(draw=draw)
+
+
+class State(NamedTuple):
+    """The state of a kernel that remembers nothing but the trace."""
+
+    draw: Draw
 
 
 class PopulationKernel(Protocol):
@@ -155,82 +201,3 @@ class PopulationKernel(Protocol):
         """The traces after one move of each, which leaves q W^power invariant: q is the program's proposal, W the target over
         q, `power` a positive float32[]. The proposal's own distribution is that of power 0, the posterior that of power 1."""
         ...
-
-
-def run_chains(
-    rng_key: Array,
-    program: Any,
-    args: tuple[Any, ...],
-    kernel: Kernel,
-    *,
-    num_samples: int,
-    num_warmup: int,
-    num_chains: int,
-    progress: bool | None,
-) -> Posterior:
-    """Draws of `num_chains` chains, one after the other, as a posterior of equal weights.
-
-    An interrupt (Ctrl-C) ends the run early: the posterior then holds the draws so far of the chains that have as many.
-    """
-    start = time.perf_counter()
-    staged, given = prepare(program, args)
-    values, arrays, skeleton = given_arrays(staged, given), arrays_of(staged), staged.skeleton()
-    random = Target(skeleton, arrays, values).random
-    if kernel.repeats:
-        check_repeatable(staged, values)
-    for name in kernel.sites:
-        if name not in random:
-            raise SiteNameError(f"no random site {name!r} to move: {near_misses(name, random)}")
-
-    def part(name: str) -> Any:
-        run = lambda arrays, values, *state: getattr(kernel, name)(Target(skeleton, arrays, values), *state)
-        return partial(compiled((staged.key(), kernel, name, tuple(sorted(values))), lambda: run), arrays, values)
-
-    init, step = part("init"), part("step")
-    draws: list[list[Draw]] = []
-    infos: list[Info] = []
-    steps = num_warmup + num_samples
-    bar = tqdm(total=num_chains * steps, unit=" steps", leave=False, delay=3, disable=not wants_progress(progress))
-    try:
-        for chain in range(num_chains):
-            chain_key = jax.random.fold_in(rng_key, chain)
-            state, info = init(jax.random.fold_in(chain_key, 0))
-            check(staged, info, start=True)
-            draws.append([])
-            infos.append(jax.device_get(info))
-            for number in range(1, steps + 1):
-                state, info = step(jax.random.fold_in(chain_key, number), state)
-                infos.append(jax.device_get(info))
-                check(staged, infos[-1])
-                if number > num_warmup:
-                    draws[-1].append(jax.device_get(state.draw))
-                bar.update()
-    except KeyboardInterrupt:
-        if not draws or not draws[0]:
-            raise
-    finally:
-        bar.close()
-    return _posterior(staged, draws, infos, kernel.num_particles, time.perf_counter() - start)
-
-
-def check(staged: Staged, info: Info, start: bool = False) -> None:
-    """Raise what went wrong in a step, or at the start if no trace of positive density was found."""
-    log_weight = np.array([-np.inf if start and not float(info.accepted) else 0.0])
-    check_faults(staged, jax.tree.map(lambda x: np.asarray(x)[None], info.faults), log_weight)
-
-
-def _posterior(staged: Staged, draws: list[list[Draw]], infos: list[Info], num_particles: int, seconds: float) -> Posterior:
-    """Draws of the chains that have as many as the first, with equal weights."""
-    complete = [chain for chain in draws if len(chain) == len(draws[0])]
-    rows = [draw for chain in complete for draw in chain]
-    values, active, returned = jax.tree.map(lambda *xs: np.stack(xs), *rows)
-    counts = jax.tree.map(lambda *xs: int(np.sum(xs)), *[info.counts for info in infos])
-    return Posterior(
-        values=label_values(staged, values),
-        returned=staged.out_tree.unflatten(returned),
-        log_weights=np.zeros(len(rows), np.float32),
-        ledger=ledger_of(counts, num_particles, counts.model_calls, seconds),
-        active=active,
-        restricted=any(bool(info.faults.restricted) for info in infos),
-        chains=len(complete),
-    )

@@ -16,6 +16,8 @@ from .genealogy import Genealogy
 from .text_tree import TextTree, tree_of
 
 if TYPE_CHECKING:
+    from .mcmc.moves import Moves
+    from .mcmc.saved import Saved
     from .smc.ladder import Ladder
 
 
@@ -132,6 +134,10 @@ class Posterior:
     sites that were not reached are missing or inactive, and `returned` is None"""
     chains: int | None = None
     """of how many Markov chains of equal length the traces are the draws, chain after chain; None where they are none"""
+    moves: "Moves | None" = field(default=None, repr=False)
+    """what the steps of Markov chains did; None where there are none"""
+    chain_state: "Saved | None" = field(default=None, repr=False)
+    """where Markov chains stand, for `inference.MCMC` to go on from"""
     biased: bool = False
     """whether the algorithm resampled by a scheme that is biased by name: no estimate, nor the evidence, is then unbiased"""
     resamplings: Genealogy | None = field(default=None, repr=False)

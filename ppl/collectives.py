@@ -16,7 +16,7 @@ Array = jax.Array
 
 PARTICLES = "particles"
 PROBLEMS = "problems"
-"""the axis of several runs side by side, outside that of each one's particles"""
+"""the axis of several runs side by side, such as chains, outside that of each one's particles"""
 
 
 def over_problems(one_problem: Any, in_axes: Any) -> Any:
@@ -29,7 +29,9 @@ def over_particles(one_particle: Any, num_particles: int) -> Any:
     return _mapped(lambda _: one_particle(), num_particles)(jnp.zeros(num_particles))
 
 
-def over_particles_from(one_particle: Any, num_particles: int, leaves: list[Array], axes: tuple[int | None, ...]) -> tuple:
+def over_axis_from(
+    one_particle: Any, size: int, leaves: list[Array], axes: tuple[int | None, ...], axis: str = PARTICLES
+) -> tuple:
     """The results of `one_particle(*leaves)`, a list of arrays, and the axis of each: None where all particles share it, 0
     where particles have their own.
 
@@ -39,40 +41,42 @@ def over_particles_from(one_particle: Any, num_particles: int, leaves: list[Arra
 
     def watched(_: Array, *values: Array) -> list[Array]:
         out = [jnp.asarray(x) for x in one_particle(*values)]
-        found[:] = [0 if differs(x) else None for x in out]
+        found[:] = [0 if differs(x, axis) else None for x in out]
         return out
 
-    inputs, axes_in = (jnp.zeros(num_particles), *leaves), (0, *axes)
-    jax.eval_shape(_mapped(watched, num_particles, in_axes=axes_in), *inputs)
+    inputs, axes_in = (jnp.zeros(size), *leaves), (0, *axes)
+    jax.eval_shape(_mapped(watched, size, axis, in_axes=axes_in), *inputs)
     unwatched = lambda _, *values: [jnp.asarray(x) for x in one_particle(*values)]
-    return _mapped(unwatched, num_particles, in_axes=axes_in, out_axes=list(found))(*inputs), tuple(found)
+    return _mapped(unwatched, size, axis, in_axes=axes_in, out_axes=list(found))(*inputs), tuple(found)
 
 
-def differs(x: Array) -> bool:
+def differs(x: Array, axis: str = PARTICLES) -> bool:
     """Whether particles have values of their own of something that is being traced over them."""
     noted: list[bool] = []
-    differs_p.bind(x, note=lambda: noted.append(True))
+    differs_p.bind(x, note=lambda: noted.append(True), axis=axis)
     return bool(noted)
 
 
 differs_p = core.Primitive("differs")
-differs_p.def_abstract_eval(lambda x, note: x)
+differs_p.def_abstract_eval(lambda x, note, axis: x)
 
 
-def _batch_differs(axis_data: Any, args: Any, dims: Any, note: Any) -> Any:
-    if dims[0] is not None and axis_data.name == PARTICLES:
-        note()
-    return args[0], dims[0]
+def _batch_differs(axis_data: Any, args: Any, dims: Any, note: Any, axis: str) -> Any:
+    if axis_data.name == axis:
+        if dims[0] is not None:
+            note()
+        return args[0], dims[0]
+    return differs_p.bind(args[0], note=note, axis=axis), dims[0]
 
 
 batching.fancy_primitive_batchers[differs_p] = _batch_differs
 
 
-def _mapped(fn: Any, num_particles: int, **axes: Any) -> Any:
-    """`fn` over the particles' axis, which a mesh may split."""
+def _mapped(fn: Any, num_particles: int, axis: str = PARTICLES, **axes: Any) -> Any:
+    """`fn` over an axis; a mesh may split that of particles."""
     mesh = jax.sharding.get_abstract_mesh()
-    if PARTICLES not in mesh.axis_names:
-        return jax.vmap(fn, axis_name=PARTICLES, **axes)
+    if axis != PARTICLES or PARTICLES not in mesh.axis_names:
+        return jax.vmap(fn, axis_name=axis, **axes)
     devices = mesh.shape[PARTICLES]
     if num_particles % devices:
         raise ValueError(

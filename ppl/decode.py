@@ -123,6 +123,8 @@ def decode(
         state = note_overflow(state, number, live & over)
         # without a proposal nothing is paid, but a model that answers NaN is noted
         ratio = drawn.log_p - drawn.log_q if moves else jnp.where(jnp.isnan(drawn.log_p), jnp.nan, 0.0)
+        if run.tempering is not None:
+            ratio += jnp.where(drawn.log_p == -jnp.inf, 0.0, run.tempering.sharpen(drawn.log_p) - drawn.log_p)
         state = pay(state, number, ratio, live)._replace(clock=state.clock + 1)
         if options.steers:
             log_psi = jnp.where(w.done, 0.0, drawn.log_psi)  # the text is over: its potential is taken back
@@ -205,6 +207,8 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
     run.state = note_overflow(run.state, run.staged.sites[name].number, over)
     out = [run.frame.put(x) for x in (given, length, done, log_probs, handle)]
     log_weight = jnp.where(valid.all(), log_probs.sum(), -jnp.inf)
+    if run.tempering is not None:
+        log_weight = run.tempering.sharpen(log_weight)
     run.add_weight(name, jnp.where(canonical, jnp.where(active, log_weight, 0.0), -jnp.inf), always=True)
     run.record(name, [run.frame.get(c) for c in out[:4]], blank=[lm.eos_id, 0, True, 0])
     return [run.frame.get(c) for c in out]

@@ -22,7 +22,7 @@ from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
 from .nested import Samples
 from .staging import Staged, need, random_sites, trace_eqns, walks_into
-from .state import Faults, State, choose, no_counts, no_faults, pay, steer, together
+from .state import Faults, State, Tempering, choose, no_counts, no_faults, pay, steer, together
 
 Array = jax.Array
 
@@ -41,9 +41,10 @@ class Interpreter:
         policy: Policy | None = None,
         progress: Callable[[Array], None] | None = None,
         axes: tuple[str, ...] = (PARTICLES,),
+        tempering: Tempering | None = None,
     ):
         self.staged, self.consts, self.models, self.state = staged, consts, models, state
-        self.policy, self.progress = policy, progress
+        self.policy, self.progress, self.tempering = policy, progress, tempering
         self.steered = policy is not None  # somebody resamples, be it outside of a plate, so that twists have an effect
         self.frame = Frame()
         self.moved = False  # whether weights have moved since the population could last resample
@@ -68,6 +69,10 @@ class Interpreter:
         active = True if always else self.is_active()
         self.state = pay(self.state, self.staged.sites[name].number, log_weight, active)
         self.weights_moved()
+
+    def add_evidence(self, name: str, log_weight: Array) -> None:
+        """The same for what is no density of a random choice."""
+        self.add_weight(name, log_weight if self.tempering is None else self.tempering.weigh(log_weight))
 
     def set_twist(self, name: str, log_psi: Array) -> None:
         self.state = steer(self.state, name, self.staged.sites[name].number, log_psi, self.is_active())
@@ -295,6 +300,7 @@ class Interpreter:
             )
             state = state._replace(choices=outer.choices.enter_element(i, jaxpr))
             body = Interpreter(self.staged, self.consts, self.models, state, given=given, policy=policy)
+            body.tempering = self.tempering
             body.axes, body.path, body.nested, body.drawn = (*self.axes, axis), (*self.path, i), True, self.drawn
             body.active, body.is_density = body.frame.put(active), self.is_density
             body.steered = policy is not None or (self.steered and is_part)

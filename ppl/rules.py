@@ -75,13 +75,13 @@ def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: b
 
 def observe(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: bool) -> list[Any]:
     *leaves, value, scale = operands if scaled else (*operands, jnp.float32(1))
-    run.add_weight(name, scale * log_prob(tree.unflatten(leaves), value))
+    run.add_evidence(name, scale * log_prob(tree.unflatten(leaves), value))
     return []
 
 
 def factor(run: "Interpreter", log_weight: Array, *, name: str) -> list[Any]:
     run.count(potentials=run.is_active())
-    run.add_weight(name, log_weight)
+    run.add_evidence(name, log_weight)
     return []
 
 
@@ -153,7 +153,7 @@ def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, 
         impossible = (row.finished & (given > 0)) | (ends & (jnp.arange(tokens.shape[0]) < given - 1)).any()
         total = jnp.where(impossible, -jnp.inf, jnp.where(here, log_probs, 0.0).sum())
         cell = run.frame.put(new_handle)
-        run.add_weight(scored, total)
+        run.add_evidence(scored, total)
         return run.frame.get(cell)
     return new_handle
 

@@ -21,7 +21,7 @@ from .interpreter import Interpreter, first_state
 from .lineage import Policy, remembering
 from .sites import generate_p, sample_p
 from .staging import Site, Staged, value_sites
-from .state import Counts, Faults, Resamplings
+from .state import Counts, Faults, Resamplings, Tempering
 from .text import Text
 
 Array = jax.Array
@@ -143,7 +143,7 @@ def execute(staged: Staged, rng_key: Array, given: Mapping[str, Any], settings: 
     return run(rng_key, jnp.int32(first), arrays_of(staged), arrays, {})  # type: ignore[no-any-return]
 
 
-def runner(staged: Staged, settings: Settings) -> Any:
+def runner(staged: Staged, settings: Settings, tempering: Tempering | None = None) -> Any:
     """The function that runs a whole population: of the key, the first particle's number, `Arrays`, the arrays of given
     values, and what the source's choices repeat."""
     staged = staged.skeleton()
@@ -159,7 +159,15 @@ def runner(staged: Staged, settings: Settings) -> Any:
             choices = settings.source.choices(rng_key, first + index(), trace)
             state = remembering(first_state(staged, models, choices), settings.generations)
             run = Interpreter(
-                staged, consts, models, state, given=given, policy=settings.policy, progress=progress, axes=settings.axes
+                staged,
+                consts,
+                models,
+                state,
+                given=given,
+                policy=settings.policy,
+                progress=progress,
+                axes=settings.axes,
+                tempering=tempering,
             )
             run.steered |= settings.steered
             cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in arrays.inputs])

@@ -4,9 +4,7 @@ A program is cut after each text at its top level, and into the steps of its top
 `Boundary`; what particles share, such as a prompt's cache, stays shared.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +12,8 @@ import jax.numpy as jnp
 
 from . import loops
 from .arena import Prompt
-from .collectives import anybody, index, over_particles_from
+from .boundary import Boundary, over, parted
+from .collectives import anybody, index
 from .interpreter import Interpreter, first_state
 from .jaxpr import DropVar, Literal, body_of, inner_jaxprs, is_site, sites_inside
 from .lineage import remembering
@@ -69,31 +68,6 @@ class Carried(NamedTuple):
         """What goes from step to step of the loop."""
         carry, since = self.loop
         return Looping(carry, since, self.state)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Boundary:
-    """What all particles carry over a cut."""
-
-    leaves: list[Array]
-    tree: Any = field(metadata={"static": True})
-    axes: tuple[int | None, ...] = field(metadata={"static": True})
-    """0 for leaves with a leading axis of particles, None for those that particles share"""
-
-    def value(self) -> Any:
-        """The leaves in their places."""
-        return self.tree.unflatten(self.leaves)
-
-    def whole(self, num_particles: int) -> Any:
-        """The same, every leaf with a leading axis of particles."""
-        return self.widened((0,) * len(self.leaves), num_particles).value()
-
-    def widened(self, axes: tuple[int | None, ...], num_particles: int) -> "Boundary":
-        """The same, where leaves that `axes` gives to each particle are no longer shared."""
-        repeat = lambda x: jnp.broadcast_to(x[None], (num_particles, *x.shape))
-        wide = [repeat(x) if a == 0 and b is None else x for x, a, b in zip(self.leaves, axes, self.axes)]
-        return replace(self, leaves=wide, axes=tuple(0 if 0 in (a, b) else None for a, b in zip(axes, self.axes)))
 
 
 def live(jaxpr: Any, at: int) -> list[Any]:
@@ -157,25 +131,11 @@ class Setting(NamedTuple):
 
     def over(self, boundary: Boundary, fn: Callable[..., Any], *more: Any) -> Boundary:
         """`fn` of what each particle carries, and of `more`: other boundaries, or arrays with a leading axis of particles."""
-        trees: list[Any] = []
-        parts = [boundary, *[x if isinstance(x, Boundary) else per_particle(x) for x in more]]
-        ends = [0, *itertools.accumulate(len(part.leaves) for part in parts)]
-
-        def one_particle(*leaves: Array) -> list[Array]:
-            values = [part.tree.unflatten(leaves[a:b]) for part, (a, b) in zip(parts, itertools.pairwise(ends))]
-            out, tree = jax.tree.flatten(fn(*values))
-            trees[:] = [tree]
-            return out
-
-        inputs = [x for part in parts for x in part.leaves]
-        axes = tuple(a for part in parts for a in part.axes)
-        leaves, axes = over_particles_from(one_particle, self.settings.num_particles, inputs, axes)
-        return Boundary(leaves, trees[0], axes)
+        return over(boundary, fn, *more, size=self.settings.num_particles)
 
     def parted(self, both: Boundary) -> tuple[Boundary, Any]:
         """Of a pair, the first as a boundary; the second with a leading axis of particles."""
-        first, tree = jax.tree.flatten(both.value()[0])
-        return Boundary(first, tree, both.axes[: len(first)]), both.whole(self.settings.num_particles)[1]
+        return parted(both, self.settings.num_particles)
 
     # --- the parts of a run, for one particle ---
 
@@ -233,17 +193,11 @@ class Setting(NamedTuple):
         )
 
 
-def per_particle(tree: Any) -> Boundary:
-    """Arrays with a leading axis of particles, as a boundary."""
-    leaves, structure = jax.tree.flatten(tree)
-    return Boundary(leaves, structure, (0,) * len(leaves))
-
-
 # --- the same for all particles, each part compiled by itself ---------------------------------------------------------
 
 
 def begin(setting: Setting, rng_key: Array, trace: Any) -> Boundary:
-    return setting.over(Boundary([], jax.tree.structure(None), ()), lambda _: setting.begin(rng_key, trace))
+    return setting.over(Boundary.nothing(), lambda _: setting.begin(rng_key, trace))
 
 
 def straight(setting: Setting, boundary: Boundary, start: int, stop: int) -> Boundary:

@@ -74,6 +74,23 @@ class State(NamedTuple):
     """None where nobody asks for them"""
 
 
+class Tempering(NamedTuple):
+    """Another target of the same program: p(texts)^sharpness times p(values) times (all else)^power."""
+
+    sharpness: Array
+    """float32[], positive: of the model's density of generated texts"""
+    power: Array
+    """float32[], 0 or more: of `observe`, `factor`, `condition` and `score`; what is impossible stays so at 0"""
+
+    def sharpen(self, log_p: Array) -> Array:
+        """The log density of generated tokens; what is impossible stays so."""
+        return jnp.where(log_p == -jnp.inf, -jnp.inf, self.sharpness * log_p)
+
+    def weigh(self, log_weight: Array) -> Array:
+        """The log-weight of a site that the power is for."""
+        return jnp.where(log_weight == -jnp.inf, -jnp.inf, self.power * log_weight)
+
+
 def with_arena(state: State, model: int, arena: Arena) -> State:
     """The state with another arena for one model."""
     return state._replace(arenas=(*state.arenas[:model], arena, *state.arenas[model + 1 :]))

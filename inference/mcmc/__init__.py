@@ -1,6 +1,27 @@
 """Markov chain Monte Carlo over traces."""
 
+from .mcmc import MCMC
+from .metropolis import Metropolis
+from .moves import Moves
 from .proposals import LogRandomWalk, RandomWalk
 from .regenerate import Regenerate
+from .tempered import Ramp, Tempered
 
-__all__ = ["LogRandomWalk", "RandomWalk", "Regenerate"]
+# these build on the modules above
+from ..smc.ancestor_sampling import AncestorSampling  # isort: skip
+from ..smc.conditional import ConditionalSMC  # isort: skip
+from ..smc.pmmh import MarginalMetropolis  # isort: skip
+
+__all__ = [
+    "MCMC",
+    "AncestorSampling",
+    "ConditionalSMC",
+    "LogRandomWalk",
+    "MarginalMetropolis",
+    "Metropolis",
+    "Moves",
+    "Ramp",
+    "RandomWalk",
+    "Regenerate",
+    "Tempered",
+]

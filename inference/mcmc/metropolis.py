@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from ..chains import Draw, Info, Target, added
+from ..chains import Draw, Info, Kernel, State, Target, added
 from .proposals import ValueProposal
 
 Array = jax.Array
@@ -14,13 +14,28 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Metropolis:
-    """A part of a kernel: propose values of some sites, and accept them with the probability of Hastings (1970), equation 2.
+class Metropolis(Kernel):
+    """A kernel that proposes values of some sites, and accepts them with the probability of Hastings (1970), equation 2.
 
     Each step evaluates the density of two traces, one pass through the language model for each text of them.
+
+    >>> from latentrace.inference.mcmc import Metropolis, RandomWalk
+    >>> Metropolis(RandomWalk(theta=0.3)).sites
+    ('theta',)
     """
 
     proposal: ValueProposal
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.proposal.sites
+
+    def init(self, target: Target, rng_key: Array, draw: Draw) -> State:
+        return State(draw)
+
+    def step(self, target: Target, rng_key: Array, state: State) -> tuple[State, Info]:
+        draw, info = self.move(target, rng_key, state.draw)
+        return State(draw), info
 
     def move(self, target: Target, rng_key: Array, draw: Draw) -> tuple[Draw, Info]:
         """The draw after one step."""

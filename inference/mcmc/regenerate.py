@@ -5,17 +5,19 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from latentrace.ppl.choices import WHOLE
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Prefixes, RegeneratingSource, Settings
+from latentrace.ppl.staging import check_repeatable
 
-from ..chains import Info, Target, Traces, info_of, traces_of
+from ..chains import Draw, Info, Kernel, Target, Traces, info_of, traces_of
 from .metropolis import accepts, choose
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Regenerate:
+class Regenerate(Kernel):
     """A kernel that keeps a trace up to one of its random choices, and redraws that choice and all that follow.
 
     One of the n(x) choices of trace x is taken uniformly: a `sample` site, a token of a text, or a whole plate counts as one,
@@ -36,52 +38,38 @@ class Regenerate:
 
     Args:
         power: of the invariant distribution of a chain; populations such as that of `inference.TemperedSMC` set their own.
-        num_starts: forward runs from which a chain's first trace is chosen by weight.
 
     Raises `SiteError` for a program without a random choice.
 
     >>> import jax, numpyro.distributions as dist
-    >>> from latentrace import ppl
-    >>> from latentrace.inference.chains import run_chains
+    >>> from latentrace import inference, ppl
     >>> @ppl.program
     ... def two_coins():
     ...     a, b = ppl.sample("a", dist.Bernoulli(0.5)), ppl.sample("b", dist.Bernoulli(0.2))
     ...     ppl.condition("one at least", a + b >= 1)
-    >>> how = dict(num_samples=400, num_warmup=20, num_chains=1, progress=False)
-    >>> posterior = run_chains(jax.random.key(0), two_coins, (), Regenerate(), **how)
+    >>> posterior = inference.MCMC(inference.mcmc.Regenerate(), num_samples=400).run(jax.random.key(0), two_coins)
     >>> abs(posterior.expectation("a") - 5 / 6) < 0.1
     np.True_
     """
 
     power: float = 1.0
-    num_starts: int = 16
 
     def __post_init__(self) -> None:
         if not self.power > 0:
             raise SiteError(f"Regenerate: power must be positive, not {self.power}; power 0 is a plain forward run")
-        if self.num_starts < 1:
-            raise SiteError(f"Regenerate: num_starts must be at least 1, not {self.num_starts}")
 
-    @property
-    def num_particles(self) -> int:
-        return 1
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def repeats(self) -> bool:
-        return True
-
-    def init(self, target: Target, rng_key: Array) -> tuple[Traces, Info]:
-        """One of `num_starts` forward runs, chosen by weight."""
+    def check(self, target: Target) -> None:
         target.require_choices("Regenerate")
-        run_key, pick_key = jax.random.split(rng_key)
-        output = target.population(run_key, Settings(self.num_starts))
-        which = jax.random.categorical(pick_key, self.power * output.log_weight)
-        found = (output.log_weight > -jnp.inf).any().astype(jnp.float32)
-        return jax.tree.map(lambda x: x[which], traces_of(output)), info_of(output, found)
+        check_repeatable(target.staged, target.given)
+
+    def init(self, target: Target, rng_key: Array, draw: Draw) -> Traces:
+        """The trace again, for its weight."""
+        prefixes = Prefixes(jax.tree.map(lambda x: x[None], target.choices(draw)), jnp.full(1, WHOLE))
+        output = target.population(rng_key, Settings(1, RegeneratingSource()), trace=prefixes)
+        return jax.tree.map(lambda x: x[0], traces_of(output))
+
+    def at(self, target: Target, state: Traces, draw: Draw) -> Traces:
+        return self.init(target, jax.random.key(0), draw)
 
     def step(self, target: Target, rng_key: Array, state: Traces) -> tuple[Traces, Info]:
         """The trace after one move."""

@@ -28,8 +28,8 @@ from latentrace.ppl.sites import NESTED, factor_p, generate_p, observe_p, plate_
 from latentrace.ppl.staging import Staged, holds_sites, trace_eqns
 from latentrace.ppl.state import Counts, total_twist
 
-from ..chains import Draw, Info, Target
-from .conditional import ConditionalSMC, GibbsState
+from ..chains import Draw, Target
+from .conditional import ConditionalSMC
 from .smc import Resample
 
 Array = jax.Array
@@ -207,9 +207,15 @@ def sweep_of(target: Target, trace: Trace, given: dict[str, Array], policy: Resa
 
 @dataclass(frozen=True)
 class AncestorSampling(ConditionalSMC):
-    """The kernel of particle Gibbs with ancestor sampling."""
+    """The kernel of particle Gibbs with ancestor sampling (see `inference.ParticleGibbs`).
 
-    def init(self, target: Target, rng_key: Array) -> tuple[GibbsState, Info]:
+    >>> from latentrace.inference.mcmc import AncestorSampling
+    >>> AncestorSampling(num_particles=8).num_particles
+    8
+    """
+
+    def check(self, target: Target) -> None:
+        super().check(target)
         for eqn in trace_eqns(target.staged.jaxpr):
             p = eqn.params
             if eqn.primitive is plate_p and p["role"] == NESTED:
@@ -222,7 +228,6 @@ class AncestorSampling(ConditionalSMC):
                     f"site {p['name']!r}: ancestor sampling cannot tell which tokens a draft with `then` may propose; leave "
                     "out `then` or ancestor_sampling"
                 )
-        return super().init(target, rng_key)
 
     def population(self, target: Target, rng_key: Array, draw: Draw, policy: Resample) -> Output:
         values = target.choices(draw)

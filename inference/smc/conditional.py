@@ -1,15 +1,16 @@
 """Conditional SMC: a population in which one particle repeats the chain's trace."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from latentrace.ppl.choices import at_points
 from latentrace.ppl.run import Output, RetainingSource, Settings
+from latentrace.ppl.staging import check_repeatable
 
-from ..chains import Draw, Info, Target, added, draw_of, info_of
+from ..chains import Draw, Info, Kernel, State, Target, added, draw_of, info_of
 from ..mcmc.metropolis import Metropolis
 from ..mcmc.proposals import ValueProposal
 from .resampling import SCHEMES, Scheme
@@ -43,37 +44,40 @@ def systematic(weights: Array, uniforms: Array) -> Array:
 CONDITIONAL_SCHEMES = {"multinomial": Scheme(multinomial), "systematic": Scheme(systematic, single=True)}
 
 
-class GibbsState(NamedTuple):
-    draw: Draw
-
-
 @dataclass(frozen=True)
-class ConditionalSMC:
-    """The kernel of iterated conditional SMC and of particle Gibbs."""
+class ConditionalSMC(Kernel):
+    """The kernel of iterated conditional SMC and of particle Gibbs (see `inference.ParticleGibbs`).
 
-    num_particles: int
+    >>> from latentrace.inference.mcmc import ConditionalSMC
+    >>> ConditionalSMC(num_particles=8).num_particles
+    8
+    """
+
+    num_particles: int = 16
     ess_threshold: float = 0.5
     scheme: str = "multinomial"
     inside_texts: bool = True
     parameters: ValueProposal | None = None
 
     @property
-    def repeats(self) -> bool:
-        return True
-
-    @property
     def sites(self) -> tuple[str, ...]:
         return () if self.parameters is None else self.parameters.sites
 
-    def init(self, target: Target, rng_key: Array) -> tuple[GibbsState, Info]:
+    def check(self, target: Target) -> None:
+        check_repeatable(target.staged, target.given)
+
+    def start(self, target: Target, rng_key: Array, values: Mapping[str, Array]) -> tuple[Draw, Info]:
         """A trace of plain SMC."""
         run_key, pick_key = jax.random.split(rng_key)
         policy = Resample(ESSBelow(self.ess_threshold), SCHEMES[self.scheme], self.inside_texts)
-        output = target.population(run_key, Settings(self.num_particles, policy=policy))
+        output = target.population(run_key, Settings(self.num_particles, policy=policy), values)
         found = (output.log_weight > -jnp.inf).any().astype(jnp.float32)
-        return GibbsState(pick(output, pick_key)[0]), info_of(output, found)
+        return pick(output, pick_key)[0], info_of(output, found)
 
-    def step(self, target: Target, rng_key: Array, state: GibbsState) -> tuple[GibbsState, Info]:
+    def init(self, target: Target, rng_key: Array, draw: Draw) -> State:
+        return State(draw)
+
+    def step(self, target: Target, rng_key: Array, state: State) -> tuple[State, Info]:
         """Move the parameters given the rest, then everything else given the parameters."""
         run_key, pick_key, move_key = jax.random.split(rng_key, 3)
         draw, info = state.draw, None
@@ -83,7 +87,7 @@ class ConditionalSMC:
         output = self.population(target, run_key, draw, policy)
         draw, which = pick(output, pick_key)
         renewed = info_of(output, ((which != 0) | (output.root[0] != 0)).astype(jnp.float32))
-        return GibbsState(draw), renewed if info is None else added(info, renewed)
+        return State(draw), renewed if info is None else added(info, renewed)
 
     def population(self, target: Target, rng_key: Array, draw: Draw, policy: Resample) -> Output:
         """A population in which particle 0 repeats a trace, but for the parameters, which all have from there."""

@@ -7,7 +7,7 @@ import jax
 
 from latentrace.ppl.errors import SiteError, near_misses
 
-from ..chains import run_chains
+from ..mcmc.mcmc import MCMC
 from ..mcmc.proposals import ValueProposal
 from ..posterior import Posterior
 from .ancestor_sampling import AncestorSampling
@@ -83,13 +83,5 @@ class ParticleGibbs:
         inside_texts = self.granularity == "token"
         kernel_of = AncestorSampling if self.ancestor_sampling else ConditionalSMC
         kernel = kernel_of(self.num_particles, self.ess_threshold, self.resample, inside_texts, self.parameters)
-        return run_chains(
-            rng_key,
-            program,
-            args,
-            kernel,
-            num_samples=self.num_samples,
-            num_warmup=self.num_warmup,
-            num_chains=self.num_chains,
-            progress=progress,
-        )
+        chains = MCMC(kernel, self.num_samples, self.num_warmup, self.num_chains)
+        return chains.run(rng_key, program, *args, progress=progress)

@@ -1,5 +1,6 @@
 """Particle marginal Metropolis-Hastings: parameters move by Metropolis-Hastings, with SMC's estimate of their likelihood."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Settings
 
-from ..chains import Draw, Info, Target, added, draw_of, info_of, run_chains
+from ..chains import Draw, Info, Kernel, Target, draw_of, info_of
+from ..mcmc.mcmc import MCMC
 from ..mcmc.metropolis import accepts
 from ..mcmc.proposals import ValueProposal
 from ..posterior import Posterior
@@ -25,8 +27,14 @@ class MarginalState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MarginalMetropolis:
-    """The kernel of PMMH."""
+class MarginalMetropolis(Kernel):
+    """The kernel of PMMH (see `inference.PMMH`).
+
+    >>> from latentrace import inference
+    >>> from latentrace.inference.mcmc import MarginalMetropolis, RandomWalk
+    >>> MarginalMetropolis(inference.SMC(20), RandomWalk(drift=0.5)).sites
+    ('drift',)
+    """
 
     smc: SMC
     parameters: ValueProposal
@@ -36,21 +44,26 @@ class MarginalMetropolis:
         return self.smc.num_particles
 
     @property
-    def repeats(self) -> bool:
-        return False
-
-    @property
     def sites(self) -> tuple[str, ...]:
         return self.parameters.sites
 
-    def init(self, target: Target, rng_key: Array) -> tuple[MarginalState, Info]:
-        """Parameters of a trace of plain SMC over the whole program."""
-        run_key, pick_key, estimate_key = jax.random.split(rng_key, 3)
-        output = target.population(run_key, self._settings)
-        values = target.choices(draw_of(output, jax.random.categorical(pick_key, output.log_weight)))
-        state, info = self._estimate(target, estimate_key, {name: values[name] for name in self.parameters.sites})
-        found = (output.log_weight > -jnp.inf).any() & (state.log_evidence > -jnp.inf)
-        return state, added(info_of(output, found), info._replace(accepted=found.astype(jnp.float32)))
+    def start(self, target: Target, rng_key: Array, values: Mapping[str, Array]) -> tuple[Draw, Info]:
+        """A trace of plain SMC over the whole program."""
+        run_key, pick_key = jax.random.split(rng_key)
+        output = target.population(run_key, self._settings, values)
+        found = (output.log_weight > -jnp.inf).any().astype(jnp.float32)
+        return draw_of(output, jax.random.categorical(pick_key, output.log_weight)), info_of(output, found)
+
+    def init(self, target: Target, rng_key: Array, draw: Draw) -> MarginalState:
+        """The trace's parameters, and an estimate of their evidence."""
+        values = target.choices(draw)
+        return self._estimate(target, rng_key, {name: values[name] for name in self.parameters.sites})[0]
+
+    def at(self, target: Target, state: MarginalState, draw: Draw) -> MarginalState:
+        raise SiteError(
+            "PMMH keeps an estimate of the evidence with its parameters, which other kernels cannot move: run it alone, or "
+            "take ConditionalSMC in its place"
+        )
 
     def step(self, target: Target, rng_key: Array, state: MarginalState) -> tuple[MarginalState, Info]:
         """Propose parameters; accept them and a trace of theirs by the ratio of estimated evidences."""
@@ -115,13 +128,5 @@ class PMMH:
 
     def run(self, rng_key: jax.Array, program: Any, *args: Any, progress: bool | None = None) -> Posterior:
         """Run on a program; `progress` shows a bar (by default on a terminal or in a notebook, after a few seconds)."""
-        return run_chains(
-            rng_key,
-            program,
-            args,
-            MarginalMetropolis(self.smc, self.parameters),
-            num_samples=self.num_samples,
-            num_warmup=self.num_warmup,
-            num_chains=self.num_chains,
-            progress=progress,
-        )
+        chains = MCMC(MarginalMetropolis(self.smc, self.parameters), self.num_samples, self.num_warmup, self.num_chains)
+        return chains.run(rng_key, program, *args, progress=progress)

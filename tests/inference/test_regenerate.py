@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latentrace import ppl
+from latentrace import inference, ppl
 from latentrace.inference import mcmc
-from latentrace.inference.chains import run_chains
 from latentrace.ppl import errors
 
 from .cases import M2, M3
@@ -61,12 +60,10 @@ def test_the_compiled_move_is_this_kernel():
 def test_errors():
     with pytest.raises(errors.SiteError, match="power must be positive"):
         mcmc.Regenerate(power=0.0)
-    with pytest.raises(errors.SiteError, match="num_starts must be at least 1"):
-        mcmc.Regenerate(num_starts=0)
     nothing = ppl.program(lambda: ppl.factor("f", 1.0))
-    how = {"num_samples": 2, "num_warmup": 0, "num_chains": 1, "progress": False}
+    chain = inference.MCMC(mcmc.Regenerate(), num_samples=2)
     with pytest.raises(errors.SiteError, match="no random choice"):
-        run_chains(jax.random.key(0), nothing, (), mcmc.Regenerate(), **how)
+        chain.run(jax.random.key(0), nothing)
     given = ppl.program(exclusive_branches).condition({"k": 1, "x": [1, 1], "b": 0, "last": 1})
     with pytest.raises(errors.SiteError, match="no random choice"):
-        run_chains(jax.random.key(0), given, (), mcmc.Regenerate(), **how)
+        chain.run(jax.random.key(0), given)

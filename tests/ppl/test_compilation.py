@@ -10,9 +10,8 @@ import programs
 import pytest
 
 from latentrace import inference, models, ppl
-from latentrace.inference.chains import Draw, Target
+from latentrace.inference.chains import Draw, State, Target
 from latentrace.inference.smc.ancestor_sampling import AncestorSampling
-from latentrace.inference.smc.conditional import GibbsState
 from latentrace.ppl.staging import stage
 
 run = importlib.import_module("latentrace.ppl.run")
@@ -178,7 +177,7 @@ def peak_memory(kind: str, num_particles: int, prompt: int) -> int:
         trace = {name: jnp.zeros(4, jnp.int32) for name in texts}
         draw = Draw({k: (v,) for k, v in trace.items()}, dict.fromkeys(trace, jnp.asarray(True)), [])
         skeleton = staged.skeleton()
-        step = lambda key, arrays: kernel.step(Target(skeleton, arrays, {}), key, GibbsState(draw))
+        step = lambda key, arrays: kernel.step(Target(skeleton, arrays, {}), key, State(draw))
         call, args = jax.jit(step), (jax.random.key(0), run.arrays_of(staged))
     else:
         policy = inference.SMC(num_particles, ess_threshold=1.1).policy()
