@@ -60,6 +60,8 @@ class Target(NamedTuple):
     """a key of this step that all chains have in common"""
     tempering: Tempering | None = None
     """of the target; None where it is the program's posterior"""
+    changing: bool = False
+    """whether `tempering` is another one at each step, so that densities of the step before are of no use"""
     side_by_side: bool = False
     """whether chains run side by side, on an axis of their own"""
 

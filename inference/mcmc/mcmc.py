@@ -270,8 +270,9 @@ def _own(rng_key: Array, iteration: Array) -> Array:
 def at_step(how: MCMC, target: Target, rng_key: Array, iteration: Array) -> Target:
     """The target of a step."""
     shared = jax.random.fold_in(jax.random.fold_in(rng_key, SHARED), iteration)
-    tempering = None if how.target is None else how.target.at(iteration)
-    return target._replace(iteration=iteration, shared_key=shared, tempering=tempering)
+    if how.target is not None:
+        target = target._replace(tempering=how.target.at(iteration), changing=how.target.end > 0)
+    return target._replace(iteration=iteration, shared_key=shared)
 
 
 def first_draws(how: MCMC, target: Target, rng_key: Array, values: dict[str, Array]) -> tuple[Draw, Info]:

@@ -54,13 +54,14 @@ class Tempered:
     power: float | Ramp = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("sharpness", 0.0), ("power", 0.0)):
+        for name, fits, what in (
+            ("sharpness", lambda x: x > 0, "positive"),
+            ("power", lambda x: x >= 0, "0 or more"),
+        ):
             value = getattr(self, name)
             for number in (value.start, value.end) if isinstance(value, Ramp) else (value,):
-                if not number >= least or (name == "sharpness" and number == 0):
-                    raise SiteError(
-                        f"Tempered: {name} must be {'positive' if name == 'sharpness' else '0 or more'}, not {number}"
-                    )
+                if not fits(number):
+                    raise SiteError(f"Tempered: {name} must be {what}, not {number}")
 
     def at(self, iteration: Array) -> Tempering:
         """The target of one step."""
