@@ -1,5 +1,7 @@
 """Markov chain Monte Carlo over traces."""
 
+from .cuts import Cuts, EntropyCuts, SiteCuts, StepCuts, UniformCuts
+from .infill import Infill, SingleSite
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
@@ -16,6 +18,9 @@ __all__ = [
     "MCMC",
     "AncestorSampling",
     "ConditionalSMC",
+    "Cuts",
+    "EntropyCuts",
+    "Infill",
     "LogRandomWalk",
     "MarginalMetropolis",
     "Metropolis",
@@ -23,5 +28,9 @@ __all__ = [
     "Ramp",
     "RandomWalk",
     "Regenerate",
+    "SingleSite",
+    "SiteCuts",
+    "StepCuts",
     "Tempered",
+    "UniformCuts",
 ]
