@@ -110,8 +110,13 @@ class Target(NamedTuple):
 
     def _walker(self, rng_key: Array, values: Any, kept: Any, options: dict[str, Any]) -> Callable[[], Walked]:
         shared = {"tempering": self.tempering, "side_by_side": self.side_by_side, **options}
-        drawn = lambda: Keyed(rng_key, index())
-        return lambda: walk(self.staged, self.arrays, self.given, drawn(), dict(values), dict(kept), **shared)
+
+        def walker() -> Walked:
+            drawn = Keyed(rng_key, index())
+            found, state = walk(self.staged, self.arrays, self.given, drawn, dict(values), dict(kept), **shared)
+            return found, state.faults, state.counts
+
+        return walker
 
     def require_choices(self, algorithm: str) -> None:
         """`SiteError` where nothing is random."""

@@ -12,7 +12,7 @@ from .collectives import PARTICLES, PROBLEMS
 from .interpreter import Interpreter, first_state
 from .notes import About, Notes, split_notes
 from .staging import Staged
-from .state import Counts, Faults, Tempering
+from .state import State, Tempering
 
 if TYPE_CHECKING:
     from .run import Arrays
@@ -59,9 +59,11 @@ def walk(
     notes: Notes,
     tempering: Tempering | None = None,
     side_by_side: bool = False,
-) -> tuple[Walk, Faults, Counts]:
-    """One particle's walk, on the axis of particles, which repeats those of `values` that are `kept` (see `Repeated`); the
-    others are `drawn`. From `before` it takes over what need not be read again; without it all is read.
+) -> tuple[Walk, State]:
+    """One particle's walk on the axis of particles, and the state that it ended with.
+
+    It repeats those of `values` that are `kept` (see `Repeated`); the others are `drawn`. From `before` it takes over what need
+    not be read again; without it all is read.
     """
     consts = dict(zip(staged.consts, arrays.consts))
     models = [tree.unflatten(x) for tree, x in zip(staged.trees, arrays.models)]
@@ -79,8 +81,7 @@ def walk(
     active = {name: run.frame.get(a) for name, (_, a) in run.records.items() if name in records}
     returned = [jnp.asarray(run.frame.get(c)) for c in cells]
     s, prompts = run.state, {m: run.read_prompts(m) for m in run.prompts}
-    found = Walk(records, active, returned, about, s.log_weight, s.made, s.arenas, prompts)
-    return found, s.faults, s.counts
+    return Walk(records, active, returned, about, s.log_weight, s.made, s.arenas, prompts), s
 
 
 def _records(before: Walk | None) -> tuple[dict[str, Any], dict[str, About]]:
