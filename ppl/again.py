@@ -169,7 +169,7 @@ def read_given(
     passes = anybody((count > 0) & ~same, run.axes)
     seen, found, entries = jax.lax.cond(passes, read, recall)
     run.count(model_calls=passes)
-    arena = write_entries(written_after(arena, seen), entries, fed)
+    arena = write_entries(written_after(arena, seen), entries, fed, only=inside)
     return None, found if scored else None, arena._replace(used=claimed.used), after, same
 
 

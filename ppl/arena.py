@@ -137,8 +137,13 @@ def _last_entries(arena: Arena, row: Row, prompts: list[Prompt]) -> Any:
     return chosen
 
 
-def write_entries(arena: Arena, entries: Any, tokens: Array) -> Arena:
-    """Put T new tokens into the slots from `used` on. What is not claimed afterwards (`claim`) will be overwritten."""
+def write_entries(arena: Arena, entries: Any, tokens: Array, only: Array | None = None) -> Arena:
+    """Put T new tokens into the slots from `used` on. What is not claimed afterwards (`claim`) will be overwritten. `only`
+    says which of them to put there (bool[T]); other slots keep what they have, for a walk that comes back to it."""
+    if only is not None:
+        there = jax.lax.dynamic_slice_in_dim(arena.tokens[-1], arena.used, tokens.shape[0])
+        keep = lambda new, old: jnp.where(only[:, None], new.astype(old.dtype), old)
+        entries, tokens = jax.tree.map(keep, entries, entries_here(arena, entries)), jnp.where(only, tokens, there)
     put = lambda cache, e: jax.lax.dynamic_update_slice_in_dim(cache, e.astype(cache.dtype), arena.used, axis=-2)
     cache = spread(jax.tree.map(put, arena.caches[-1], entries))
     written = jax.lax.dynamic_update_slice_in_dim(arena.tokens[-1], tokens, arena.used, axis=0)
@@ -147,7 +152,7 @@ def write_entries(arena: Arena, entries: Any, tokens: Array) -> Arena:
 
 def entries_here(arena: Arena, like: Any) -> Any:
     """What lies in the first free slots already, as many as `like` has."""
-    at = lambda cache, e: jax.lax.dynamic_slice_in_dim(cache, arena.used, e.shape[-2], axis=-2).astype(e.dtype)
+    at = lambda cache, e: jax.lax.dynamic_slice_in_dim(cache, arena.used, e.shape[-2], axis=-2)
     return jax.tree.map(at, arena.caches[-1], like)
 
 
@@ -199,12 +204,18 @@ def append(
 
 
 def read_pending(
-    lm: LanguageModel, arena: Arena, row: Row, prompts: list[Prompt], needed: Callable[[Array], Array]
+    lm: LanguageModel,
+    arena: Arena,
+    row: Row,
+    prompts: list[Prompt],
+    needed: Callable[[Array], Array],
+    only: Array | None = None,
 ) -> tuple[Array, Arena, Array]:
     """Feed a context's pending token to the model, unless its features are known already.
 
     Returns features [1, D], the arena with the token's entries in the first free slot, which is not claimed, and whether
-    there was a pass. There is one if this particle or another one, `needed(bool[])` says, has not had it.
+    there was a pass. There is one if this particle or another one, `needed(bool[])` says, has not had it. Where `only` is
+    false (bool[]) the slot keeps what it has.
     """
     fed = row.pending[None]
     forward = lambda: lm.forward(fed, memory(arena, row, prompts))
@@ -217,7 +228,7 @@ def read_pending(
         known = lambda: (row.features[None].astype(like[0].dtype), entries_here(arena, like[1]))
         features, entries = jax.lax.cond(passed, forward, known)
     arena = written_after(arena, features)
-    return features, write_entries(arena, entries, fed), passed
+    return features, write_entries(arena, entries, fed, None if only is None else only[None]), passed
 
 
 def take(arena: Arena, row: Row, live: Array) -> tuple[Arena, Row]:

@@ -216,7 +216,8 @@ def read_on(
 ) -> tuple[Array, Row, State]:
     """The features [1, D] that predict what follows a context, whose pending token has a slot from now on where `live`."""
     needed = lambda unread: anybody(live & unread, run.axes)
-    features, arena, passed = read_pending(run.models[model], state.arenas[model], row, prompts, needed)
+    only = None if state.same is None else live
+    features, arena, passed = read_pending(run.models[model], state.arenas[model], row, prompts, needed, only)
     arena, row = take(arena, row, live)
     counts = state.counts._replace(model_calls=state.counts.model_calls + passed)
     return features, row, with_arena(state, model, arena)._replace(counts=counts)

@@ -167,7 +167,8 @@ def tokens(run: "Interpreter", handle: Array, *, last: int, model: int, name: st
 def features(run: "Interpreter", handle: Array, *, model: int, **_: Any) -> list[Any]:
     lm, arena, active = run.models[model], run.state.arenas[model], jnp.asarray(run.is_active())
     row, needed = read_row(arena, handle), lambda unread: anybody(active & unread, run.axes)
-    found, arena, passed = read_pending(lm, arena, row, run.read_prompts(model), needed)
+    only = None if run.state.same is None else active & (row.ahead < 0)
+    found, arena, passed = read_pending(lm, arena, row, run.read_prompts(model), needed, only)
     run.state = with_arena(run.state, model, keep_features(arena, handle, row, found, active))
     run.count(model_calls=passed)
     return [found[0].astype(jnp.float32)]

@@ -10,6 +10,7 @@ from flax import nnx
 from latentrace import ppl
 from latentrace.inference.chains import Target
 from latentrace.models.transformer import Transformer, TransformerConfig, TransformerLM
+from latentrace.ppl.collectives import PROBLEMS, index
 from latentrace.ppl.notes import Notes
 from latentrace.ppl.run import arrays_of
 from latentrace.ppl.staging import stage
@@ -115,18 +116,17 @@ def compare(found, expected):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_walk_again_is_as_good_as_a_new_one(lm, program):
-    """Many walks from one to the next, each of which repeats a random part of the one before."""
+    """Chains side by side, of which each repeats a random part of its walk before."""
     staged = stage(program, (lm,))
     sites, given = staged.sites, {"known": jnp.array([4, 5, 0])} if program is given_text else {}
-    target = Target(staged.skeleton(), jax.tree.map(jnp.asarray, arrays_of(staged)), given)
+    target = Target(staged.skeleton(), jax.tree.map(jnp.asarray, arrays_of(staged)), given, side_by_side=True)
     values_of = lambda walk: {n: walk.values[n][0] if sites[n].max_tokens else walk.values[n] for n in target.random}
     shape = lambda site: (*site.dims, site.max_tokens) if site.max_tokens else site.dims
     blank, notes = {n: jnp.zeros(shape(sites[n]), jnp.int32) for n in target.random}, Notes(entropies=True)
 
-    @jax.jit
     def again(key, walk):
         """Keep a prefix, or all but a few choices."""
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(jax.random.fold_in(key, index(PROBLEMS)), 4)
         cut, inside = jax.random.randint(keys[0], (), 0, walk.made + 1), walk.inside(target.random)
         prefix = {n: mask & (walk.notes[n].number < cut) for n, mask in inside.items()}
         few = {n: mask & ~jax.random.bernoulli(jax.random.fold_in(keys[1], i), 0.15, mask.shape)
@@ -135,17 +135,22 @@ def test_a_walk_again_is_as_good_as_a_new_one(lm, program):
         values = values_of(walk)
         found, _, counts = target.walk(keys[3], values, kept, before=walk, notes=notes)
         fresh, *_ = target.walk(keys[3], values, kept, notes=notes)
+        # a walk that has died breaks off, and is never gone on from
+        alive = lambda x: jax.tree.map(lambda a, b: jnp.where(found.log_weight > -jnp.inf, a, b), x, walk)
+        here, fresh = alive(found), alive(fresh)
         every = jax.tree.map(jnp.ones_like, kept)
-        same, _, none = target.walk(keys[3], values_of(found), every, before=found, notes=notes)
-        return found, fresh, same, counts.model_calls, none.model_calls
+        same, _, none = target.walk(keys[3], values_of(here), every, before=here, notes=notes)
+        return here, fresh, same, counts.model_calls, none.model_calls
 
-    begin = jax.jit(lambda key: target.walk(key, blank, jax.tree.map(lambda x: x != 0, blank), notes=notes)[0])
-    walk, calls = begin(jax.random.key(0)), []
-    for number in range(25):
+    begin = lambda key: target.walk(key, blank, jax.tree.map(lambda x: x != 0, blank), notes=notes)[0]
+    begin = jax.jit(jax.vmap(begin, axis_name=PROBLEMS))
+    again = jax.jit(jax.vmap(again, (None, 0), axis_name=PROBLEMS))
+    walk, calls = begin(jax.random.split(jax.random.key(0), 3)), []
+    for number in range(12):
         walk, fresh, same, some, none = again(jax.random.key(number), walk)
         compare(walk, fresh)
         compare(same, walk)
-        calls.append((int(some), int(none)))
+        calls.append((int(some.max()), int(none.max())))
     if program is not plate_and_draft:  # where caches of elements are not kept, and drafts are drawn again
         assert all(none == 0 for _, none in calls), "what was read is not read again"
         assert len({some for some, _ in calls}) > 2, "moves cost what they draw"
