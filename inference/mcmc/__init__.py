@@ -5,6 +5,7 @@ from .infill import Infill, SingleSite
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
+from .power_sampling import PowerSampling
 from .proposals import LogRandomWalk, RandomWalk
 from .regenerate import Regenerate
 from .tempered import Ramp, Tempered
@@ -25,6 +26,7 @@ __all__ = [
     "MarginalMetropolis",
     "Metropolis",
     "Moves",
+    "PowerSampling",
     "Ramp",
     "RandomWalk",
     "Regenerate",
