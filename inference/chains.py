@@ -159,6 +159,11 @@ class Kernel:
     """
 
     @property
+    def parts(self) -> "tuple[Kernel, ...]":
+        """The kernels that it is made of."""
+        return ()
+
+    @property
     def num_particles(self) -> int:
         """Size of the population that it runs for each chain; 1 for none."""
         return 1

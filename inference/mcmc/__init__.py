@@ -1,5 +1,6 @@
 """Markov chain Monte Carlo over traces."""
 
+from .composition import Cycle, Mixture, Repeat
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
@@ -16,12 +17,15 @@ __all__ = [
     "MCMC",
     "AncestorSampling",
     "ConditionalSMC",
+    "Cycle",
     "LogRandomWalk",
     "MarginalMetropolis",
     "Metropolis",
+    "Mixture",
     "Moves",
     "Ramp",
     "RandomWalk",
     "Regenerate",
+    "Repeat",
     "Tempered",
 ]
