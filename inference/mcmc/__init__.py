@@ -4,8 +4,10 @@ from .composition import Cycle, Mixture, Repeat
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
+from .proposal_program import ProposalProgram
 from .proposals import LogRandomWalk, RandomWalk
 from .regenerate import Regenerate
+from .replica_exchange import ReplicaExchange
 from .tempered import Ramp, Tempered
 
 # these build on the modules above
@@ -23,9 +25,11 @@ __all__ = [
     "Metropolis",
     "Mixture",
     "Moves",
+    "ProposalProgram",
     "Ramp",
     "RandomWalk",
     "Regenerate",
     "Repeat",
+    "ReplicaExchange",
     "Tempered",
 ]

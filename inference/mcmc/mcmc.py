@@ -21,7 +21,7 @@ from latentrace.ppl.staging import check_given
 from latentrace.ppl.state import Counts
 
 from ..anytime import Checkpoint, fingerprint
-from ..chains import Draw, Info, Kernel, Target, check
+from ..chains import Draw, Info, Kernel, Target, check, kernels_in
 from ..driver import ledger_of, prepare, wants_progress
 from ..posterior import Posterior
 from .moves import Moves
@@ -142,19 +142,26 @@ class Chains:
             how.target.check(self.staged, how.num_warmup)
         how.kernel.check(target)
 
-        at = lambda arrays, given: Target(skeleton, arrays, given, how.num_warmup, side_by_side=True)
-        step = jax.jit(lambda arrays, given, *rest: one_step(how, at(arrays, given), *rest))  # traced once for all parts
+        lent = {kernel: kernel.arrays(target) for kernel in kernels_in(how.kernel)}
+        inputs = arrays, self.given, list(lent.values())
+
+        def at(inputs: Any) -> Target:
+            arrays, given, read = inputs
+            return Target(skeleton, arrays, given, how.num_warmup, side_by_side=True, lent=dict(zip(lent, read)))
+
+        step = jax.jit(lambda inputs, *rest: one_step(how, at(inputs), *rest))  # traced once for all parts
 
         def part(fn: Callable[..., Any], **static: Any) -> Any:
             key = (self.staged.key(), replace(how, num_samples=1, thinning=1), tuple(sorted(self.given)), fn, *static.items())
 
-            def run(arrays: Any, given: Any, *rest: Any) -> Any:
-                return fn(how, at(arrays, given), partial(step, arrays, given), *rest, **static)
+            def run(inputs: Any, *rest: Any) -> Any:
+                return fn(how, at(inputs), partial(step, inputs), *rest, **static)
 
-            return partial(compiled(key, lambda: run), arrays, self.given)
+            return partial(compiled(key, lambda: run), inputs)
 
         self.part = part
-        self.mark = fingerprint(self.staged, replace(how, num_samples=1), self.given, rng_key)
+        read = {**self.given, "lent": list(lent.values())}
+        self.mark = fingerprint(self.staged, replace(how, num_samples=1), read, rng_key)
 
     def first(self, start: Mapping[str, Any] | None, checkpoint: Checkpoint | None, resume: Posterior | None) -> Saved:
         """Chains that stand before their first step, or where they were left."""
@@ -294,12 +301,7 @@ def first_states(how: MCMC, target: Target, step: Step, rng_key: Array, draws: D
     now = at_step(how, target, rng_key, jnp.int32(0))
     init = lambda draw: how.kernel.init(now, _own(rng_key, jnp.int32(-2)), draw)
     boundary = over(Boundary.of(draws), init, size=how.num_chains, axis=PROBLEMS)
-    while True:
-        after = jax.eval_shape(step, boundary, rng_key, jnp.int32(0))[0]
-        wide = boundary.widened(after.axes, how.num_chains)
-        if wide.axes == boundary.axes:
-            return boundary
-        boundary = wide
+    return boundary.steady(lambda boundary: step(boundary, rng_key, jnp.int32(0))[0], how.num_chains)
 
 
 def one_step(how: MCMC, target: Target, boundary: Boundary, rng_key: Array, iteration: Array) -> tuple[Boundary, Info]:

@@ -75,12 +75,17 @@ class Tempered:
 
     def check(self, staged: Staged, num_warmup: int) -> None:
         """Raise what is wrong with it for a program."""
-        for eqn in trace_eqns(staged.jaxpr):
-            if eqn.primitive is plate_p and eqn.params["role"] == NESTED:
-                name: Any = eqn.params["name"].removesuffix("()")
-                raise SiteError(f"nested {name!r} only estimates its density, of which no power is known; leave out `target`")
+        check_powers(staged, "leave out `target`")
         if self.end > num_warmup:
             raise SiteError(
                 f"Tempered: the target changes up to step {self.end}, but draws are kept from step {num_warmup} on; raise "
                 "num_warmup, or end the ramp sooner"
             )
+
+
+def check_powers(staged: Staged, mend: str) -> None:
+    """`SiteError` unless the density of every site has powers."""
+    for eqn in trace_eqns(staged.jaxpr):
+        if eqn.primitive is plate_p and eqn.params["role"] == NESTED:
+            name: Any = eqn.params["name"].removesuffix("()")
+            raise SiteError(f"nested {name!r} only estimates its density, of which no power is known; {mend}")
