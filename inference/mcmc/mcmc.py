@@ -166,6 +166,8 @@ class Chains:
     def first(self, start: Mapping[str, Any] | None, checkpoint: Checkpoint | None, resume: Posterior | None) -> Saved:
         """Chains that stand before their first step, or where they were left."""
         if resume is not None:
+            if checkpoint is not None:
+                raise SiteError("MCMC: `resume` and `checkpoint` both say where to go on from; give one of them")
             if resume.chain_state is None:
                 raise SiteError("MCMC: `resume` takes a posterior that `inference.MCMC` has returned")
             check_mark(self.mark, resume.chain_state.mark)
@@ -198,7 +200,7 @@ class Chains:
         try:
             check_faults(self.staged, dead, np.full((~found).sum(), -np.inf))
         except AllParticlesDeadError as error:
-            site = str(error).partition("at site ")[2].partition(".")[0]
+            site = str(error).partition("at site ")[2].partition(". Use")[0]
             raise AllParticlesDeadError(
                 f"no first trace of positive density for {len(dead.bound)} of {len(found)} chains, in {attempts} forward runs "
                 f"of each: the last one has weight 0 at site {site}. Give `start` values with which it is positive, or check "
@@ -218,7 +220,9 @@ class Chains:
     def go_on(self, saved: Saved, end: int, checkpoint: Checkpoint | None, bar: Any) -> None:
         """Run up to step `end`, and keep in `saved` what has been done; the host looks at the chains now and then."""
         bytes_of_draw = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shape_of_draw(saved.boundary)))
-        most = max(1, min(MOST_BYTES // bytes_of_draw, max(self.how.num_samples, self.how.num_warmup), 1000))
+        long = max(self.how.num_samples, self.how.num_warmup, 32)
+        # a power of two, so that runs of other lengths share what is compiled
+        most = max(1, min(MOST_BYTES // bytes_of_draw, 1 << (long - 1).bit_length(), 1024))
         stretch, count, saved_at = self.part(many_draws, most=most), 1, time.monotonic()
         while saved.done < end:
             before, to_warm = time.monotonic(), self.how.num_warmup - saved.done

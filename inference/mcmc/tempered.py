@@ -29,6 +29,12 @@ class Ramp:
     steps: int
     geometric: bool = False
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise SiteError(f"Ramp: steps must be at least 1, not {self.steps}; for none, give the number itself")
+        if self.geometric and not min(self.start, self.end) > 0:
+            raise SiteError(f"Ramp: a geometric one goes between positive numbers, not from {self.start} to {self.end}")
+
     def at(self, iteration: Array) -> Array:
         part = jnp.clip(iteration / self.steps, 0.0, 1.0).astype(jnp.float32)
         if self.geometric:
