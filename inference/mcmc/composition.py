@@ -109,7 +109,8 @@ class Mixture(Composition):
     """One of several kernels in each step, drawn anew whatever the trace: all chains run the same one.
 
     If every part is reversible, so is the mixture. Only the drawn part is run, at the cost of its own step, and of putting its
-    state at the trace where another one ran before it.
+    state at the trace where another one ran before it. Replicas of one chain draw each their own (`mcmc.ReplicaExchange`), for
+    which all parts are run.
 
     `Info.accepted` is that of the part that ran. `Info.stats` has `which`, int32[], its number, and for each part what it says
     of its own step, as `Cycle` has it; where a part did not run its `accepted` is NaN and the rest is 0.
