@@ -1,19 +1,24 @@
 """Markov chains over traces: what a kernel is, and what it may ask of a program. `inference.MCMC` drives one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latentrace.ppl.boundary import Boundary, over, parted
+from latentrace.ppl.choices import Keyed
+from latentrace.ppl.collectives import index, over_particles
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Arrays, Output, Settings, check_faults, runner
 from latentrace.ppl.sites import generate_p
 from latentrace.ppl.staging import Staged, random_sites
 from latentrace.ppl.state import Counts, Faults, Tempering, together
+from latentrace.ppl.walk import Walk, walk
 
 Array = jax.Array
+Walked = tuple[Walk, Faults, Counts]
 
 
 class Draw(NamedTuple):
@@ -84,6 +89,38 @@ class Target(NamedTuple):
         settings = settings._replace(many=self.side_by_side, beside=self.beside)
         run = runner(self.staged, settings, self.tempering)
         return run(rng_key, jnp.int32(0), self.arrays, {**self.given, **given}, trace or {})  # type: ignore[no-any-return]
+
+    def walk(self, rng_key: Array, values: Mapping[str, Array], kept: Mapping[str, Array], **options: Any) -> Walked:
+        """One walk that repeats those of `values` that are `kept` and draws the others; for `options` see `ppl.walk.walk`."""
+        whole = over_particles(self._walker(rng_key, values, kept, options), 1)
+        return jax.tree.map(lambda x: x[0], whole)  # type: ignore[no-any-return]
+
+    def walks(
+        self, size: int, rng_key: Array, values: Mapping[str, Array], kept: Mapping[str, Array], **options: Any
+    ) -> tuple[Boundary, Faults, Counts]:
+        """`size` of them, of which what they have in common is kept once; faults and counts have a leading axis."""
+        if size == 1:
+            found, faults, counts = self.walk(rng_key, values, kept, **options)
+            alone = Boundary(*jax.tree.flatten(found), axes=(None,) * len(jax.tree.leaves(found)))
+            return alone, *jax.tree.map(lambda x: x[None], (faults, counts))
+        walker = self._walker(rng_key, values, kept, options)
+
+        def one(_: Any) -> tuple[Walk, tuple[Faults, Counts]]:
+            found, faults, counts = walker()
+            return found, (faults, counts)
+
+        walks, (faults, counts) = parted(over(Boundary.nothing(), one, size=size), size)
+        return walks, faults, counts
+
+    def _walker(self, rng_key: Array, values: Any, kept: Any, options: dict[str, Any]) -> Callable[[], Walked]:
+        shared = {"tempering": self.tempering, "side_by_side": self.side_by_side, "beside": self.beside, **options}
+
+        def walker() -> Walked:
+            drawn = Keyed(rng_key, index())
+            found, state = walk(self.staged, self.arrays, self.given, drawn, dict(values), dict(kept), **shared)
+            return found, state.faults, state.counts
+
+        return walker
 
     def require_choices(self, algorithm: str) -> None:
         """`SiteError` where nothing is random."""

@@ -21,6 +21,7 @@ from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, cons
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
 from .nested import Samples
+from .notes import Notes
 from .staging import Staged, need, random_sites, trace_eqns, walks_into
 from .state import Faults, State, Tempering, choose, no_counts, no_faults, pay, steer, together
 
@@ -54,6 +55,10 @@ class Interpreter:
         self.active: Cell = self.frame.put(True)
         self.drawn: frozenset[str] = frozenset()
         """texts among the given that were drawn: outside of their proposal's support they have density 0"""
+        self.notes: Notes | None = None
+        """what to record of how choices are made"""
+        self.prompts_before: dict[int, list[Prompt]] = {}
+        """of the walk before"""
         self.given = {k: self.frame.put(v) for k, v in (given or {}).items()}
         self.prompts: dict[int, list[Cell]] = {m: [] for m in range(len(models))}
         self.records: dict[str, tuple[Cell, Cell]] = {}
@@ -123,6 +128,12 @@ class Interpreter:
 
     def site(self, name: str) -> SiteRef:
         return SiteRef(name, self.path)
+
+    def recorded_before(self, name: str, otherwise: Any) -> Any:
+        """What the walk before recorded at this visit of a site, where there was one."""
+        if self.state.same is None or self.in_plate:
+            return otherwise
+        return self.state.choices.record_before(self.site(name))  # type: ignore[attr-defined]
 
     def record(self, name: str, value: Any, blank: Any = None) -> None:
         """Keep a site's value for the trace, or `blank` (zeros) where the site is inactive. In exclusive branches of one
@@ -296,11 +307,12 @@ class Interpreter:
                 counts=jax.tree.map(jnp.zeros_like, outer.counts),
                 asked=outer.clock,
                 chances=jnp.int32(0),
+                same=None if outer.same is None else jnp.asarray(False),  # its contexts are not kept
                 resamplings=None,
             )
             state = state._replace(choices=outer.choices.enter_element(i, jaxpr))
             body = Interpreter(self.staged, self.consts, self.models, state, given=given, policy=policy)
-            body.tempering = self.tempering
+            body.tempering, body.notes = self.tempering, self.notes
             body.axes, body.path, body.nested, body.drawn = (*self.axes, axis), (*self.path, i), True, self.drawn
             body.active, body.is_density = body.frame.put(active), self.is_density
             body.steered = policy is not None or (self.steered and is_part)

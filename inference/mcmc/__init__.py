@@ -1,6 +1,8 @@
 """Markov chain Monte Carlo over traces."""
 
 from .composition import Cycle, Mixture, Repeat
+from .cuts import Cuts, EntropyCuts, SiteCuts, StepCuts, UniformCuts
+from .infill import Infill, SingleSite
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
@@ -19,7 +21,10 @@ __all__ = [
     "MCMC",
     "AncestorSampling",
     "ConditionalSMC",
+    "Cuts",
     "Cycle",
+    "EntropyCuts",
+    "Infill",
     "LogRandomWalk",
     "MarginalMetropolis",
     "Metropolis",
@@ -31,5 +36,9 @@ __all__ = [
     "Regenerate",
     "Repeat",
     "ReplicaExchange",
+    "SingleSite",
+    "SiteCuts",
+    "StepCuts",
     "Tempered",
+    "UniformCuts",
 ]

@@ -183,9 +183,9 @@ class Repeat(Composition):
 
     Raises `SiteError` for what is no `Kernel`, and for no times.
 
-    >>> from latentrace.inference.mcmc import Regenerate, Repeat
-    >>> Repeat(Regenerate(), 5)
-    Repeat(kernel=Regenerate(power=1.0), times=5)
+    >>> from latentrace.inference.mcmc import Metropolis, RandomWalk, Repeat
+    >>> Repeat(Metropolis(RandomWalk(x=0.5)), 5)
+    Repeat(kernel=Metropolis(proposal=RandomWalk(x=0.5)), times=5)
     """
 
     kernel: Kernel
