@@ -191,7 +191,10 @@ def transition(program, proposal, args, seen, most=100):
     return matrix + np.diag(1 - matrix.sum(1)), exact.weights, np.asarray(returns)[np.asarray(p) > 0]
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("both", "switch alone", "too much")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
 def test_detailed_balance(seen, name):
     matrix, posterior, returns = transition(*CASES[name], seen)
     assert (matrix > -1e-6).all()
@@ -202,6 +205,7 @@ def test_detailed_balance(seen, name):
     assert returns.all() == (name in ("both", "switch", "loop"))
 
 
+@pytest.mark.slow
 def test_chains_by_a_program():
     kernel = mcmc.Cycle(mcmc.ProposalProgram(other_text, (H3,)), mcmc.ProposalProgram(both))
     posterior = inference.MCMC(kernel, 500, 50, num_chains=4).run(KEY, ppl.program(pair))
@@ -234,7 +238,7 @@ def test_models_and_arrays_of_the_program_are_inputs():
     kernel = mcmc.ProposalProgram(rewrite, (jnp.array([0.0, 0.3, -0.2]), lm))
     chains = driver.Chains(inference.MCMC(kernel, 1), KEY, target, ())
     part = chains.part(driver.one_draw)
-    text = part.func.lower(*part.args, chains._shapes()[0], KEY, jnp.int32(0), jnp.int32(1)).as_text()
+    text = part.func.lower(*part.args, *chains._shapes()[:2], KEY, jnp.int32(0), jnp.int32(1)).as_text()
     assert "3x256" in text
     assert "dense" not in "".join(line for line in text.splitlines() if "constant" in line and "3x256" in line)
     other = mcmc.ProposalProgram(rewrite, (jnp.array([0.0, 0.3, -0.1]), lm))
