@@ -258,6 +258,12 @@ def test_sites_and_populations():
         stats_of(kernel)
 
 
+def test_estimates_of_the_evidence_cannot_be_moved_by_others():
+    marginal = mcmc.MarginalMetropolis(inference.SMC(4), mcmc.RandomWalk(x=0.5))
+    with pytest.raises(errors.SiteError, match=r"PMMH keeps an estimate .* run it alone"):
+        stats_of(mcmc.Cycle(marginal, WALK))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

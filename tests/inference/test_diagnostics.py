@@ -165,6 +165,17 @@ def test_acceptance_by_cut():
         diagnostics.acceptance_by_cut(chains_of(x))
 
 
+def test_regenerated_texts_tell_their_cuts(texts):
+    rows = diagnostics.acceptance_by_cut(texts)
+    assert sum(row.proposals for row in rows) == 600
+    assert sum(row.accepted for row in rows) == texts.moves.accepted.sum()
+    assert rows[0].start == 0
+    assert rows[-1].end == texts.moves.stats["cut"].max() + 1
+    by_part = diagnostics.acceptance_by_cut(texts, bins=4, relative=True)
+    assert [row.end for row in by_part] == [0.25, 0.5, 0.75, 1.0]
+    assert sum(row.proposals for row in by_part) == 600
+
+
 def test_tables_show_in_notebooks(texts):
     shown = diagnostics.summary(texts, **{"<b>": lambda values: values["patience"]})._repr_html_()
     assert "<td>&lt;b&gt;</td>" in shown
@@ -185,3 +196,4 @@ def test_the_picture(texts, tmp_path):
     assert titles[0] == "patience"
     assert titles[1].startswith("ranks, R-hat 1.")
     assert titles[2].endswith("tokens")
+    assert titles[6:] == ["acceptance by cut, 95 % intervals"]

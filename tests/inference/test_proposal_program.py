@@ -228,6 +228,16 @@ def test_a_chain_without_a_way_back_says_why():
     assert not posterior.moves.stats["returns"].any()
 
 
+def test_faults_name_the_site_of_the_target():
+    def broken(values):
+        ppl.sample("b", dist.Bernoulli(0.5))
+        ppl.sample("a", dist.Bernoulli(jnp.nan * values["a"]))
+
+    coins = ppl.program(lambda: [ppl.sample(name, dist.Bernoulli(0.5)) for name in ("a", "b")])
+    with pytest.raises(errors.NonFiniteError, match="site 'a': its log-weight was NaN"):
+        inference.MCMC(mcmc.ProposalProgram(broken), 2).run(KEY, coins)
+
+
 def test_models_and_arrays_of_the_program_are_inputs():
     lm = programs.wide_cache_model()
 
