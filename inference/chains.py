@@ -48,7 +48,7 @@ class Info(NamedTuple):
     faults: Faults
     counts: Counts
     stats: dict[str, Any] = {}
-    """arrays by name: what a kernel says of its steps besides"""
+    """what a kernel says of its steps besides: arrays by name, and a dictionary of them for each kernel that it is made of"""
 
 
 class Target(NamedTuple):

@@ -256,8 +256,7 @@ def log_densities(target: Target, draw: Draw, temperings: Tempering) -> tuple[Ar
     which come after it, so that `vmap` over them repeats nothing but sums."""
 
     def one(tempering: Tempering) -> tuple[Array, Info]:
-        target_ = target._replace(tempering=tempering)
-        _, log_density, info = target_.evaluate(target_.choices(draw))
+        _, log_density, info = target._replace(tempering=tempering).evaluate(target.choices(draw))
         return log_density, info
 
     log_density, infos = jax.vmap(one)(temperings)
