@@ -1,13 +1,16 @@
 """Markov chain Monte Carlo over traces."""
 
+from .composition import Cycle, Mixture, Repeat
 from .cuts import Cuts, EntropyCuts, SiteCuts, StepCuts, UniformCuts
 from .infill import Infill, SingleSite
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
 from .power_sampling import PowerSampling
+from .proposal_program import ProposalProgram
 from .proposals import LogRandomWalk, RandomWalk
 from .regenerate import Regenerate
+from .replica_exchange import ReplicaExchange
 from .tempered import Ramp, Tempered
 
 # these build on the modules above
@@ -20,16 +23,21 @@ __all__ = [
     "AncestorSampling",
     "ConditionalSMC",
     "Cuts",
+    "Cycle",
     "EntropyCuts",
     "Infill",
     "LogRandomWalk",
     "MarginalMetropolis",
     "Metropolis",
+    "Mixture",
     "Moves",
     "PowerSampling",
+    "ProposalProgram",
     "Ramp",
     "RandomWalk",
     "Regenerate",
+    "Repeat",
+    "ReplicaExchange",
     "SingleSite",
     "SiteCuts",
     "StepCuts",

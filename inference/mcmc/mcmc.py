@@ -21,7 +21,7 @@ from latentrace.ppl.staging import check_given
 from latentrace.ppl.state import Counts
 
 from ..anytime import Checkpoint, fingerprint
-from ..chains import Draw, Info, Kernel, Target, check
+from ..chains import Draw, Info, Kernel, Target, check, kernels_in
 from ..driver import ledger_of, prepare, wants_progress
 from ..posterior import Posterior
 from .moves import Moves
@@ -142,20 +142,26 @@ class Chains:
             how.target.check(self.staged, how.num_warmup)
         how.kernel.check(target)
 
+        lent = {kernel: kernel.arrays(target) for kernel in kernels_in(how.kernel)}
+        inputs = arrays, self.given, list(lent.values())
+
+        def at(inputs: Any) -> Target:
+            arrays, given, read = inputs
+            return Target(skeleton, arrays, given, how.num_warmup, side_by_side=True, lent=dict(zip(lent, read)))
+
         def part(fn: Callable[..., Any], **static: Any) -> Any:
             key = (self.staged.key(), replace(how, num_samples=1, thinning=1), tuple(sorted(self.given)), fn, *static.items())
-
-            def run(arrays: Any, given: Any, *rest: Any) -> Any:
-                return fn(how, Target(skeleton, arrays, given, how.num_warmup, side_by_side=True), *rest, **static)
-
-            return partial(compiled(key, lambda: run), arrays, self.given)
+            return partial(compiled(key, lambda: lambda inputs, *rest: fn(how, at(inputs), *rest, **static)), inputs)
 
         self.part = part
-        self.mark = fingerprint(self.staged, replace(how, num_samples=1), self.given, rng_key)
+        read = {**self.given, "lent": list(lent.values())}
+        self.mark = fingerprint(self.staged, replace(how, num_samples=1), read, rng_key)
 
     def first(self, start: Mapping[str, Any] | None, checkpoint: Checkpoint | None, resume: Posterior | None) -> Saved:
         """Chains that stand before their first step, or where they were left."""
         if resume is not None:
+            if checkpoint is not None:
+                raise SiteError("MCMC: `resume` and `checkpoint` both say where to go on from; give one of them")
             if resume.chain_state is None:
                 raise SiteError("MCMC: `resume` takes a posterior that `inference.MCMC` has returned")
             check_mark(self.mark, resume.chain_state.mark)
@@ -188,7 +194,7 @@ class Chains:
         try:
             check_faults(self.staged, dead, np.full((~found).sum(), -np.inf))
         except AllParticlesDeadError as error:
-            site = str(error).partition("at site ")[2].partition(".")[0]
+            site = str(error).partition("at site ")[2].partition(". Use")[0]
             raise AllParticlesDeadError(
                 f"no first trace of positive density for {len(dead.bound)} of {len(found)} chains, in {attempts} forward runs "
                 f"of each: the last one has weight 0 at site {site}. Give `start` values with which it is positive, or check "
@@ -206,7 +212,9 @@ class Chains:
         """Run up to step `end`, and keep in `saved` what has been done; the host looks at the chains now and then."""
         one = jax.eval_shape(partial(draws_of, self.how), saved.boundary)
         bytes_of_draw = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one, saved.blank)))
-        most = max(1, min(MOST_BYTES // bytes_of_draw, max(self.how.num_samples, self.how.num_warmup), 1000))
+        long = max(self.how.num_samples, self.how.num_warmup, 32)
+        # a power of two, so that runs of other lengths share what is compiled
+        most = max(1, min(MOST_BYTES // bytes_of_draw, 1 << (long - 1).bit_length(), 1024))
         stretch, count, saved_at = self.part(many_draws, most=most), 1, time.monotonic()
         while saved.done < end:
             before, to_warm = time.monotonic(), self.how.num_warmup - saved.done
