@@ -1,6 +1,6 @@
 """Markov chains over traces: what a kernel is, and what it may ask of a program. `inference.MCMC` drives one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -114,6 +114,11 @@ def info_of(output: Output, accepted: Array) -> Info:
     """What a population's run says of a step that ran it."""
     counts = jax.tree.map(lambda x: x.sum(axis=0), output.counts)._replace(model_calls=output.counts.model_calls.max())
     return Info(accepted, together(output.faults), counts)
+
+
+def same_sites(names: Iterable[str], one: Draw, other: Draw) -> Array:
+    """bool[]: whether the same elements of these sites are active in two traces."""
+    return jnp.asarray([jnp.array_equal(one.active[name], other.active[name]) for name in names] or True).all()
 
 
 def added(one: Info, other: Info) -> Info:

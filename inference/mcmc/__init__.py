@@ -1,8 +1,10 @@
 """Markov chain Monte Carlo over traces."""
 
+from .gibbs import Gibbs
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
+from .numpyro_kernels import HMC, NUTS, NumPyro
 from .proposals import LogRandomWalk, RandomWalk
 from .regenerate import Regenerate
 from .tempered import Ramp, Tempered
@@ -13,13 +15,17 @@ from ..smc.conditional import ConditionalSMC  # isort: skip
 from ..smc.pmmh import MarginalMetropolis  # isort: skip
 
 __all__ = [
+    "HMC",
     "MCMC",
+    "NUTS",
     "AncestorSampling",
     "ConditionalSMC",
+    "Gibbs",
     "LogRandomWalk",
     "MarginalMetropolis",
     "Metropolis",
     "Moves",
+    "NumPyro",
     "Ramp",
     "RandomWalk",
     "Regenerate",

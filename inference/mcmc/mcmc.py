@@ -142,13 +142,16 @@ class Chains:
             how.target.check(self.staged, how.num_warmup)
         how.kernel.check(target)
 
+        key = (self.staged.key(), replace(how, num_samples=1, thinning=1), tuple(sorted(self.given)))
+        whole = lambda arrays, given: Target(skeleton, arrays, given, how.num_warmup, side_by_side=True)
+        # a function of its own, since the others take it several times, and tracing it may take seconds
+        step = compiled((*key, one_step), lambda: lambda arrays, given, *rest: one_step(how, whole(arrays, given), *rest))
+
         def part(fn: Callable[..., Any], **static: Any) -> Any:
-            key = (self.staged.key(), replace(how, num_samples=1, thinning=1), tuple(sorted(self.given)), fn, *static.items())
-
             def run(arrays: Any, given: Any, *rest: Any) -> Any:
-                return fn(how, Target(skeleton, arrays, given, how.num_warmup, side_by_side=True), *rest, **static)
+                return fn(how, whole(arrays, given), partial(step, arrays, given), *rest, **static)
 
-            return partial(compiled(key, lambda: run), arrays, self.given)
+            return partial(compiled((*key, fn, *static.items()), lambda: run), arrays, self.given)
 
         self.part = part
         self.mark = fingerprint(self.staged, replace(how, num_samples=1), self.given, rng_key)
@@ -261,6 +264,9 @@ def _chain_after_chain(x: np.ndarray) -> np.ndarray:
 
 # --- for all chains, compiled -----------------------------------------------------------------------------------------
 
+Step = Callable[[Boundary, Array, Array], tuple[Boundary, Info]]
+"""`one_step` of a target: from the states, the run's key and the number of the step"""
+
 
 def _own(rng_key: Array, iteration: Array) -> Array:
     """This chain's key of a step."""
@@ -275,20 +281,20 @@ def at_step(how: MCMC, target: Target, rng_key: Array, iteration: Array) -> Targ
     return target._replace(iteration=iteration, shared_key=shared)
 
 
-def first_draws(how: MCMC, target: Target, rng_key: Array, values: dict[str, Array]) -> tuple[Draw, Info]:
+def first_draws(how: MCMC, target: Target, _: Step, rng_key: Array, values: dict[str, Array]) -> tuple[Draw, Info]:
     """A forward run of each chain."""
     now = at_step(how, target, rng_key, jnp.int32(0))
     run = lambda: how.kernel.start(now, _own(rng_key, jnp.int32(-1)), values)
     return over(Boundary.nothing(), lambda _: run(), size=how.num_chains, axis=PROBLEMS).whole(how.num_chains)  # type: ignore[no-any-return]
 
 
-def first_states(how: MCMC, target: Target, rng_key: Array, draws: Draw) -> Boundary:
+def first_states(how: MCMC, target: Target, step: Step, rng_key: Array, draws: Draw) -> Boundary:
     """The chains at these traces; what a step makes different between chains is so from the first one on."""
     now = at_step(how, target, rng_key, jnp.int32(0))
     init = lambda draw: how.kernel.init(now, _own(rng_key, jnp.int32(-2)), draw)
     boundary = over(Boundary.of(draws), init, size=how.num_chains, axis=PROBLEMS)
     while True:
-        after = jax.eval_shape(lambda b: one_step(how, target, b, rng_key, jnp.int32(0))[0], boundary)
+        after = jax.eval_shape(lambda b: step(b, rng_key, jnp.int32(0))[0], boundary)
         wide = boundary.widened(after.axes, how.num_chains)
         if wide.axes == boundary.axes:
             return boundary
@@ -299,16 +305,17 @@ def one_step(how: MCMC, target: Target, boundary: Boundary, rng_key: Array, iter
     """One step of each chain."""
     now = at_step(how, target, rng_key, iteration)
     step = lambda state: how.kernel.step(now, _own(rng_key, iteration), state)
-    return parted(over(boundary, step, size=how.num_chains, axis=PROBLEMS), how.num_chains)
+    after, info = parted(over(boundary, step, size=how.num_chains, axis=PROBLEMS), how.num_chains)
+    return after.widened(boundary.axes, how.num_chains), info  # a step may make shared what was not
 
 
 def one_draw(
-    how: MCMC, target: Target, boundary: Boundary, rng_key: Array, first: Array, thinning: Array
+    how: MCMC, target: Target, step: Step, boundary: Boundary, rng_key: Array, first: Array, thinning: Array
 ) -> tuple[Boundary, Kept]:
     """So many steps, and the draw after them."""
 
-    def step(i: Array, loop: tuple[Boundary, Info]) -> tuple[Boundary, Info]:
-        boundary, info = one_step(how, target, loop[0], rng_key, first + i)
+    def more(i: Array, loop: tuple[Boundary, Info]) -> tuple[Boundary, Info]:
+        boundary, info = step(loop[0], rng_key, first + i)
         so_far = loop[1]
         return boundary, Info(
             so_far.accepted + info.accepted / thinning,
@@ -317,10 +324,10 @@ def one_draw(
             info.stats,
         )
 
-    shapes = jax.eval_shape(lambda b: one_step(how, target, b, rng_key, first)[1], boundary)
+    shapes = jax.eval_shape(lambda b: step(b, rng_key, first)[1], boundary)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     nothing = nothing._replace(faults=jax.tree.map(lambda x: x if x.dtype == bool else x - 1, nothing.faults))
-    boundary, info = jax.lax.fori_loop(0, thinning, step, (boundary, nothing))
+    boundary, info = jax.lax.fori_loop(0, thinning, more, (boundary, nothing))
     draw = over(boundary, lambda state: state.draw, size=how.num_chains, axis=PROBLEMS).whole(how.num_chains)
     return boundary, Kept(draw, info)
 
@@ -328,6 +335,7 @@ def one_draw(
 def many_draws(
     how: MCMC,
     target: Target,
+    step: Step,
     boundary: Boundary,
     rng_key: Array,
     first: Array,
@@ -339,10 +347,10 @@ def many_draws(
     """`count` draws, the first ones of `most` places, which follow each other by `thinning` steps."""
 
     def draw(k: Array, loop: tuple[Boundary, Kept]) -> tuple[Boundary, Kept]:
-        boundary, kept = one_draw(how, target, loop[0], rng_key, first + k * thinning, thinning)
+        boundary, kept = one_draw(how, target, step, loop[0], rng_key, first + k * thinning, thinning)
         put = lambda place, x: jax.lax.dynamic_update_index_in_dim(place, x, k, 0)
         return boundary, jax.tree.map(put, loop[1], kept)
 
-    one = jax.eval_shape(lambda b: one_draw(how, target, b, rng_key, first, thinning)[1], boundary)
+    one = jax.eval_shape(lambda b: one_draw(how, target, step, b, rng_key, first, thinning)[1], boundary)
     places = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), one)
     return jax.lax.fori_loop(0, count, draw, (boundary, places))  # type: ignore[no-any-return]
