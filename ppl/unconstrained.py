@@ -35,8 +35,9 @@ def constrained(dist: Any, point: Array) -> tuple[Array, Array]:
 
 def point_at(dist: Any, value: Array) -> Array:
     """The point of a value. One that rounding has put on the edge of its support has the point of a value close to it."""
-    edge = np.log(np.finfo(np.float32).eps)
-    return jnp.nan_to_num(biject_to(dist.support).inv(value), nan=0.0, neginf=np.log(np.finfo(np.float32).tiny), posinf=-edge)
+    about = np.finfo(np.float32)
+    low, high = np.log(about.tiny) + 1, -np.log(about.eps)
+    return jnp.nan_to_num(biject_to(dist.support).inv(value), nan=0.0, neginf=low, posinf=high)
 
 
 def point_shape(tree: Any, leaves: Any, shape: tuple[int, ...], dtype: Any) -> tuple[int, ...] | None:

@@ -157,7 +157,7 @@ class NumPyro(Kernel):
                 "cannot move, nor a target that changes: run it alone, on sites that are always active, or take NUTS"
             )
         inner = inner._replace(**{kernel.sample_field: points})
-        if hasattr(kernel, "refresh"):  # which knows whether to differentiate forward
+        if isinstance(kernel, numpyro.infer.HMC):  # which knows whether to differentiate forward
             return kernel.refresh(inner, (), {})
         energy, gradient = jax.value_and_grad(potential)(points)
         return inner._replace(potential_energy=energy, z_grad=gradient)
