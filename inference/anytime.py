@@ -113,7 +113,7 @@ def run_in_segments(
     return finish(staged, output, calls=calls, seconds=time.monotonic() - start, stopped=stopped)
 
 
-def fingerprint(staged: Staged, settings: Any, given: dict[str, Array], rng_key: Array) -> dict[str, str]:
+def fingerprint(staged: Staged, settings: Any, given: Mapping[str, Any], rng_key: Array) -> dict[str, str]:
     """What a checkpoint has to agree with: the program's structure, how it is run, the key, and every array that it reads."""
     plain = lambda value: re.sub(r" at 0x[0-9a-f]+|object at \S+", "", str(value))
     data = 0

@@ -1,6 +1,6 @@
 """Markov chains over traces: what a kernel is, and what it may ask of a program. `inference.MCMC` drives one."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -64,6 +64,10 @@ class Target(NamedTuple):
     """whether `tempering` is another one at each step, so that densities of the step before are of no use"""
     side_by_side: bool = False
     """whether chains run side by side, on an axis of their own"""
+    beside: tuple[str, ...] = ()
+    """axes of what runs side by side in one chain, such as replicas"""
+    lent: "Mapping[Kernel, Any]" = {}
+    """what kernels read besides the program's arrays (`Kernel.arrays`)"""
 
     def shared(self, rng_key: Array) -> Array:
         """A key for what chains had better choose alike, such as where to cut, so that they stay in step; `rng_key`, a chain's
@@ -77,7 +81,7 @@ class Target(NamedTuple):
 
     def population(self, rng_key: Array, settings: Settings, given: Mapping[str, Array] = {}, trace: Any = None) -> Output:
         """Run a population with more values given; `trace` is what its choices repeat."""
-        settings = settings._replace(many=self.side_by_side)
+        settings = settings._replace(many=self.side_by_side, beside=self.beside)
         run = runner(self.staged, settings, self.tempering)
         return run(rng_key, jnp.int32(0), self.arrays, {**self.given, **given}, trace or {})  # type: ignore[no-any-return]
 
@@ -164,6 +168,11 @@ class Kernel:
     """
 
     @property
+    def parts(self) -> "tuple[Kernel, ...]":
+        """The kernels that it is made of."""
+        return ()
+
+    @property
     def num_particles(self) -> int:
         """Size of the population that it runs for each chain; 1 for none."""
         return 1
@@ -172,6 +181,11 @@ class Kernel:
     def sites(self) -> tuple[str, ...]:
         """The random sites that it names."""
         return ()
+
+    def arrays(self, target: Target) -> Any:
+        """A pytree of arrays that it reads besides the program's, such as weights of another model: inputs of what is compiled,
+        which `step` finds in `target.lent[self]`."""
+        return None
 
     def check(self, target: Target) -> None:
         """Raise what can be known to be wrong with a target before anything runs."""
@@ -199,6 +213,13 @@ class State(NamedTuple):
     """The state of a kernel that remembers nothing but the trace."""
 
     draw: Draw
+
+
+def kernels_in(kernel: Kernel) -> Iterator[Kernel]:
+    """A kernel, and all that it is made of."""
+    yield kernel
+    for part in kernel.parts:
+        yield from kernels_in(part)
 
 
 class PopulationKernel(Protocol):

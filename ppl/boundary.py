@@ -47,6 +47,11 @@ class Boundary:
         wide = [repeat(x) if a == 0 and b is None else x for x, a, b in zip(self.leaves, axes, self.axes)]
         return replace(self, leaves=wide, axes=tuple(0 if 0 in (a, b) else None for a, b in zip(axes, self.axes)))
 
+    def steady(self, step: Callable[["Boundary"], "Boundary"], size: int) -> "Boundary":
+        """The same, where what a step makes different between particles is so from the first one on."""
+        wide = self.widened(jax.eval_shape(step, self).axes, size)
+        return self if wide.axes == self.axes else wide.steady(step, size)
+
 
 def over(boundary: Boundary, fn: Callable[..., Any], *more: Any, size: int, axis: str = PARTICLES) -> Boundary:
     """`fn` of what each particle carries, and of `more`: other boundaries, or arrays with a leading axis of particles."""

@@ -78,13 +78,15 @@ class Settings(NamedTuple):
     """how many of the latest resamplings to keep"""
     many: bool = False
     """whether several problems run side by side"""
+    beside: tuple[str, ...] = ()
+    """axes of more runs side by side, such as replicas of one chain"""
     steered: bool = False
     """whether twists have an effect though the run itself does not resample"""
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The named axes that a particle lives in."""
-        return (PROBLEMS, PARTICLES) if self.many else (PARTICLES,)
+        return (*([PROBLEMS] if self.many else []), *self.beside, PARTICLES)
 
 
 class Output(NamedTuple):

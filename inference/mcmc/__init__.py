@@ -1,12 +1,15 @@
 """Markov chain Monte Carlo over traces."""
 
+from .composition import Cycle, Mixture, Repeat
 from .gibbs import Gibbs
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
 from .numpyro_kernels import HMC, NUTS, NumPyro
+from .proposal_program import ProposalProgram
 from .proposals import LogRandomWalk, RandomWalk
 from .regenerate import Regenerate
+from .replica_exchange import ReplicaExchange
 from .tempered import Ramp, Tempered
 
 # these build on the modules above
@@ -20,14 +23,19 @@ __all__ = [
     "NUTS",
     "AncestorSampling",
     "ConditionalSMC",
+    "Cycle",
     "Gibbs",
     "LogRandomWalk",
     "MarginalMetropolis",
     "Metropolis",
+    "Mixture",
     "Moves",
     "NumPyro",
+    "ProposalProgram",
     "Ramp",
     "RandomWalk",
     "Regenerate",
+    "Repeat",
+    "ReplicaExchange",
     "Tempered",
 ]

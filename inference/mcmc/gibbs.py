@@ -14,6 +14,8 @@ from latentrace.ppl.staging import optional_sites, trace_eqns
 from ..chains import Draw, Info, Kernel, State, Target, same_sites
 
 Array = jax.Array
+VALUES = "values"
+"""the axis of an element's values"""
 
 
 class Elements(NamedTuple):
@@ -115,15 +117,16 @@ class Gibbs(Kernel):
     def candidates(self, target: Target, draw: Draw, name: str, site: Elements, at: Array) -> tuple[Draw, Array, Info]:
         """The trace with each value of an element, its log density float32[K], and what that cost."""
         values, support = target.choices(draw), jnp.asarray(site.support).astype(draw.values[name].dtype)
+        beside = target._replace(beside=(*target.beside, VALUES))
         others = [other for other in optional_sites(target.staged.jaxpr) if other in values]
 
         def one(value: Array) -> tuple[Draw, Array, Info]:
             changed = values[name].reshape(-1).at[at].set(value).reshape(values[name].shape)
-            then, log_density, info = target.evaluate({**values, name: changed})
+            then, log_density, info = beside.evaluate({**values, name: changed})
             kept = same_sites(others, draw, then) if others else jnp.asarray(True)
             return then, jnp.where(kept, log_density, -jnp.inf), info
 
-        draws, log_density, info = jax.vmap(one)(support)
+        draws, log_density, info = jax.vmap(one, axis_name=VALUES)(support)
         counts = jax.tree.map(lambda x: x.sum(axis=0), info.counts)._replace(model_calls=info.counts.model_calls.max())
         return draws, log_density, info._replace(faults=jax.tree.map(lambda x: x.max(axis=0), info.faults), counts=counts)
 

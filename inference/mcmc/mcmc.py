@@ -21,7 +21,7 @@ from latentrace.ppl.staging import check_given
 from latentrace.ppl.state import Counts
 
 from ..anytime import Checkpoint, fingerprint
-from ..chains import Draw, Info, Kernel, Target, check
+from ..chains import Draw, Info, Kernel, Target, check, kernels_in
 from ..driver import ledger_of, prepare, wants_progress
 from ..posterior import Posterior
 from .moves import Moves
@@ -142,23 +142,32 @@ class Chains:
             how.target.check(self.staged, how.num_warmup)
         how.kernel.check(target)
 
-        key = (self.staged.key(), replace(how, num_samples=1, thinning=1), tuple(sorted(self.given)))
-        whole = lambda arrays, given: Target(skeleton, arrays, given, how.num_warmup, side_by_side=True)
-        # a function of its own, since the others take it several times, and tracing it may take seconds
-        step = compiled((*key, one_step), lambda: lambda arrays, given, *rest: one_step(how, whole(arrays, given), *rest))
+        lent = {kernel: kernel.arrays(target) for kernel in kernels_in(how.kernel)}
+        inputs = arrays, self.given, list(lent.values())
+
+        def at(inputs: Any) -> Target:
+            arrays, given, read = inputs
+            return Target(skeleton, arrays, given, how.num_warmup, side_by_side=True, lent=dict(zip(lent, read)))
+
+        step = jax.jit(lambda inputs, *rest: one_step(how, at(inputs), *rest))  # traced once for all parts
 
         def part(fn: Callable[..., Any], **static: Any) -> Any:
-            def run(arrays: Any, given: Any, *rest: Any) -> Any:
-                return fn(how, whole(arrays, given), partial(step, arrays, given), *rest, **static)
+            key = (self.staged.key(), replace(how, num_samples=1, thinning=1), tuple(sorted(self.given)), fn, *static.items())
 
-            return partial(compiled((*key, fn, *static.items()), lambda: run), arrays, self.given)
+            def run(inputs: Any, *rest: Any) -> Any:
+                return fn(how, at(inputs), partial(step, inputs), *rest, **static)
+
+            return partial(compiled(key, lambda: run), inputs)
 
         self.part = part
-        self.mark = fingerprint(self.staged, replace(how, num_samples=1), self.given, rng_key)
+        read = {**self.given, "lent": list(lent.values())}
+        self.mark = fingerprint(self.staged, replace(how, num_samples=1), read, rng_key)
 
     def first(self, start: Mapping[str, Any] | None, checkpoint: Checkpoint | None, resume: Posterior | None) -> Saved:
         """Chains that stand before their first step, or where they were left."""
         if resume is not None:
+            if checkpoint is not None:
+                raise SiteError("MCMC: `resume` and `checkpoint` both say where to go on from; give one of them")
             if resume.chain_state is None:
                 raise SiteError("MCMC: `resume` takes a posterior that `inference.MCMC` has returned")
             check_mark(self.mark, resume.chain_state.mark)
@@ -191,7 +200,7 @@ class Chains:
         try:
             check_faults(self.staged, dead, np.full((~found).sum(), -np.inf))
         except AllParticlesDeadError as error:
-            site = str(error).partition("at site ")[2].partition(".")[0]
+            site = str(error).partition("at site ")[2].partition(". Use")[0]
             raise AllParticlesDeadError(
                 f"no first trace of positive density for {len(dead.bound)} of {len(found)} chains, in {attempts} forward runs "
                 f"of each: the last one has weight 0 at site {site}. Give `start` values with which it is positive, or check "
@@ -211,7 +220,9 @@ class Chains:
     def go_on(self, saved: Saved, end: int, checkpoint: Checkpoint | None, bar: Any) -> None:
         """Run up to step `end`, and keep in `saved` what has been done; the host looks at the chains now and then."""
         bytes_of_draw = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shape_of_draw(saved.boundary)))
-        most = max(1, min(MOST_BYTES // bytes_of_draw, max(self.how.num_samples, self.how.num_warmup), 1000))
+        long = max(self.how.num_samples, self.how.num_warmup, 32)
+        # a power of two, so that runs of other lengths share what is compiled
+        most = max(1, min(MOST_BYTES // bytes_of_draw, 1 << (long - 1).bit_length(), 1024))
         stretch, count, saved_at = self.part(many_draws, most=most), 1, time.monotonic()
         while saved.done < end:
             before, to_warm = time.monotonic(), self.how.num_warmup - saved.done
@@ -264,9 +275,6 @@ def _chain_after_chain(x: np.ndarray) -> np.ndarray:
 
 # --- for all chains, compiled -----------------------------------------------------------------------------------------
 
-Step = Callable[[Boundary, Array, Array], tuple[Boundary, Info]]
-"""`one_step` of a target: from the states, the run's key and the number of the step"""
-
 
 def _own(rng_key: Array, iteration: Array) -> Array:
     """This chain's key of a step."""
@@ -281,6 +289,10 @@ def at_step(how: MCMC, target: Target, rng_key: Array, iteration: Array) -> Targ
     return target._replace(iteration=iteration, shared_key=shared)
 
 
+Step = Callable[[Boundary, Array, Array], tuple[Boundary, Info]]
+"""`one_step` of the chains, its key and its iteration"""
+
+
 def first_draws(how: MCMC, target: Target, _: Step, rng_key: Array, values: dict[str, Array]) -> tuple[Draw, Info]:
     """A forward run of each chain."""
     now = at_step(how, target, rng_key, jnp.int32(0))
@@ -293,12 +305,7 @@ def first_states(how: MCMC, target: Target, step: Step, rng_key: Array, draws: D
     now = at_step(how, target, rng_key, jnp.int32(0))
     init = lambda draw: how.kernel.init(now, _own(rng_key, jnp.int32(-2)), draw)
     boundary = over(Boundary.of(draws), init, size=how.num_chains, axis=PROBLEMS)
-    while True:
-        after = jax.eval_shape(lambda b: step(b, rng_key, jnp.int32(0))[0], boundary)
-        wide = boundary.widened(after.axes, how.num_chains)
-        if wide.axes == boundary.axes:
-            return boundary
-        boundary = wide
+    return boundary.steady(lambda boundary: step(boundary, rng_key, jnp.int32(0))[0], how.num_chains)
 
 
 def one_step(how: MCMC, target: Target, boundary: Boundary, rng_key: Array, iteration: Array) -> tuple[Boundary, Info]:
@@ -314,7 +321,7 @@ def one_draw(
 ) -> tuple[Boundary, Kept]:
     """So many steps, and the draw after them."""
 
-    def more(i: Array, loop: tuple[Boundary, Info]) -> tuple[Boundary, Info]:
+    def another(i: Array, loop: tuple[Boundary, Info]) -> tuple[Boundary, Info]:
         boundary, info = step(loop[0], rng_key, first + i)
         so_far = loop[1]
         return boundary, Info(
@@ -324,10 +331,10 @@ def one_draw(
             info.stats,
         )
 
-    shapes = jax.eval_shape(lambda b: step(b, rng_key, first)[1], boundary)
+    shapes = jax.eval_shape(step, boundary, rng_key, first)[1]
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     nothing = nothing._replace(faults=jax.tree.map(lambda x: x if x.dtype == bool else x - 1, nothing.faults))
-    boundary, info = jax.lax.fori_loop(0, thinning, more, (boundary, nothing))
+    boundary, info = jax.lax.fori_loop(0, thinning, another, (boundary, nothing))
     draw = over(boundary, lambda state: state.draw, size=how.num_chains, axis=PROBLEMS).whole(how.num_chains)
     return boundary, Kept(draw, info)
 

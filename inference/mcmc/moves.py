@@ -36,9 +36,23 @@ class Moves:
         for chain in np.flatnonzero((self.accepted == 0).all(axis=1)):
             yield (
                 f"chain {chain} of {chains} never moved: none of its proposals in {draws * self.thinning} steps was accepted, "
-                f"for {self.tokens[chain].sum()} tokens. Its draws are one trace; take another kernel, smaller moves, or a "
-                "tempered target"
+                f"for {self.tokens[chain].sum()} tokens{self._reason(int(chain))}. Its draws are one trace; take another "
+                "kernel, smaller moves, or a tempered target"
             )
+
+    def _reason(self, chain: int) -> str:
+        """Why a chain that proposes by a program cannot have moved."""
+
+        def returns(stats: dict[str, Any]) -> Iterator[np.ndarray]:
+            for name, value in stats.items():
+                if isinstance(value, dict):
+                    yield from returns(value)
+                elif name == "returns":
+                    yield value[chain]
+
+        if any(not back.any() for back in returns(self.stats)):
+            return "; its proposal program could never have drawn the way back (`stats['returns']` is False throughout)"
+        return ""
 
     def __repr__(self) -> str:
         chains, draws = self.accepted.shape

@@ -29,6 +29,12 @@ class Ramp:
     steps: int
     geometric: bool = False
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise SiteError(f"Ramp: steps must be at least 1, not {self.steps}; for none, give the number itself")
+        if self.geometric and not min(self.start, self.end) > 0:
+            raise SiteError(f"Ramp: a geometric one goes between positive numbers, not from {self.start} to {self.end}")
+
     def at(self, iteration: Array) -> Array:
         part = jnp.clip(iteration / self.steps, 0.0, 1.0).astype(jnp.float32)
         if self.geometric:
@@ -75,12 +81,17 @@ class Tempered:
 
     def check(self, staged: Staged, num_warmup: int) -> None:
         """Raise what is wrong with it for a program."""
-        for eqn in trace_eqns(staged.jaxpr):
-            if eqn.primitive is plate_p and eqn.params["role"] == NESTED:
-                name: Any = eqn.params["name"].removesuffix("()")
-                raise SiteError(f"nested {name!r} only estimates its density, of which no power is known; leave out `target`")
+        check_powers(staged, "leave out `target`")
         if self.end > num_warmup:
             raise SiteError(
                 f"Tempered: the target changes up to step {self.end}, but draws are kept from step {num_warmup} on; raise "
                 "num_warmup, or end the ramp sooner"
             )
+
+
+def check_powers(staged: Staged, mend: str) -> None:
+    """`SiteError` unless the density of every site has powers."""
+    for eqn in trace_eqns(staged.jaxpr):
+        if eqn.primitive is plate_p and eqn.params["role"] == NESTED:
+            name: Any = eqn.params["name"].removesuffix("()")
+            raise SiteError(f"nested {name!r} only estimates its density, of which no power is known; {mend}")
