@@ -11,6 +11,7 @@ import numpyro.infer
 from numpyro.infer.mcmc import MCMCKernel
 
 from latentrace.ppl.errors import SiteError, near_misses
+from latentrace.ppl.partial import specialised
 from latentrace.ppl.run import Settings
 from latentrace.ppl.sites import sample_p
 from latentrace.ppl.staging import optional_sites, trace_eqns
@@ -40,7 +41,8 @@ class NumPyro(Kernel):
     Its potential energy is minus the log density of the trace, in nats, at points of R^n that NumPyro's bijections
     (`numpyro.distributions.biject_to`) take to the values, log Jacobians included: `numpyro.infer.util.potential_energy` for a
     NumPyro model (where a plate or handler scales a site, the Jacobian is not scaled: it belongs to the measure). A support
-    that depends on other values is that at the current ones. Texts are scored again at each evaluation.
+    that depends on other values is that at the current ones. Texts
+    that do not depend on these sites are scored once in a step, unless they stand in a branch or in a loop within a loop.
 
     A site in a loop, plate or branch is moved in all its active elements. An inactive one has no density of its own: its point
     is drawn from a standard normal at each step, and moves under it (a pseudo-prior: Carlin and Chib 1995), so that a
@@ -103,29 +105,27 @@ class NumPyro(Kernel):
         return NumPyroState(draw, kernel.init(rng_key, target.num_warmup, self.points(target, draw), (), {}))
 
     def at(self, target: Target, state: NumPyroState, draw: Draw) -> NumPyroState:
-        return NumPyroState(draw, self._renewed(target, state.inner, self.points(target, draw), draw))
+        return NumPyroState(draw, renewed(self.make, self.potential(target, draw), state.inner, self.points(target, draw)))
 
     def step(self, target: Target, rng_key: Array, state: NumPyroState) -> tuple[NumPyroState, Info]:
         point_key, sample_key = jax.random.split(rng_key)
-        kernel, inner = self.make(self.potential(target, state.draw)), state.inner
+        traces, inner = self._traces(target, state.draw), state.inner
+        potential = self._potential(traces)
+        kernel = self.make(potential)
+        points, optional = dict(getattr(inner, kernel.sample_field)), self._optional(target)
         # NumPyro's kernels learn what to call from `init`
-        jax.eval_shape(lambda: kernel.init(rng_key, target.num_warmup, self.points(target, state.draw), (), {}))
-        optional = self._optional(target)
+        jax.eval_shape(lambda: kernel.init(rng_key, target.num_warmup, points, (), {}))
         if optional or target.changing:
-            points = dict(getattr(inner, kernel.sample_field))
             for key, name in zip(jax.random.split(point_key, max(len(optional), 1)), optional):
                 active, point = state.draw.active[name], points[name]
                 points[name] = jnp.where(over(active, point), point, jax.random.normal(key, point.shape, point.dtype))
-            inner = self._renewed(target, inner, points, state.draw)
+            inner = renewed(self.make, potential, inner, points)
         inner = kernel.sample(settled(inner, target)._replace(rng_key=sample_key), (), {})
-        points = getattr(inner, kernel.sample_field)
-        draw, _, info = target.evaluate({**target.choices(state.draw), **as_points(points)})
+        _, draw, info = traces(getattr(inner, kernel.sample_field))
         stats = {name: getattr(inner, name) for name in STATS if hasattr(inner, name)}
         if hasattr(inner, "adapt_state"):
             stats["step_size"] = inner.adapt_state.step_size
-        evaluations = stats.get("num_steps", 1) + 1
-        counts = jax.tree.map(lambda count: count * evaluations, info.counts)
-        return NumPyroState(draw, inner), Info(jnp.float32(stats["accept_prob"]), info.faults, counts, stats)
+        return NumPyroState(draw, inner), info._replace(accepted=jnp.float32(stats["accept_prob"]), stats=stats)
 
     def points(self, target: Target, draw: Draw) -> dict[str, Array]:
         """The point of each site; 0 where it is inactive."""
@@ -135,32 +135,25 @@ class NumPyro(Kernel):
 
     def potential(self, target: Target, draw: Draw) -> Potential:
         """Of points, with the rest of the trace as it is in `draw`: float32[], nats."""
-        values, optional = target.choices(draw), self._optional(target)
-        others = [name for name in optional_sites(target.staged.jaxpr) if name in values and name not in self._shapes(target)]
+        return self._potential(self._traces(target, draw))
 
-        def energy(points: dict[str, Array]) -> Array:
-            there, log_density, _ = target.evaluate({**values, **as_points(points)})
-            kept = jnp.where(same_sites(others, draw, there), -log_density, jnp.inf) if others else -log_density
-            idle = [jnp.where(over(there.active[name], points[name]), 0.0, points[name] ** 2).sum() for name in optional]
-            return kept + 0.5 * sum(idle)
-
+    def _potential(self, traces: Callable[[Any], Any]) -> Potential:
+        energy = lambda points: traces(points)[0]
         forward = getattr(self.make(energy), "_forward_mode_differentiation", False)
         return energy if forward else with_finite_gradient(energy)
 
-    def _renewed(self, target: Target, inner: Any, points: dict[str, Array], draw: Draw) -> Any:
-        """NumPyro's state at other points, or for another potential: what has been adapted stays."""
-        potential = self.potential(target, draw)
-        kernel = self.make(potential)
-        if not {kernel.sample_field, "potential_energy", "z_grad"} <= set(inner._fields):
-            raise SiteError(
-                f"{type(kernel).__name__} keeps more than the potential and gradient of where it stands, which other kernels "
-                "cannot move, nor a target that changes: run it alone, on sites that are always active, or take NUTS"
-            )
-        inner = inner._replace(**{kernel.sample_field: points})
-        if isinstance(kernel, numpyro.infer.HMC):  # which knows whether to differentiate forward
-            return kernel.refresh(inner, (), {})
-        energy, gradient = jax.value_and_grad(potential)(points)
-        return inner._replace(potential_energy=energy, z_grad=gradient)
+    def _traces(self, target: Target, draw: Draw) -> Callable[[Any], tuple[Array, Draw, Info]]:
+        """From points to their potential and the trace there. What does not depend on them is computed here, such as texts."""
+        values, optional = target.choices(draw), self._optional(target)
+        others = [name for name in optional_sites(target.staged.jaxpr) if name in values and name not in self._shapes(target)]
+
+        def there(points: dict[str, Array]) -> tuple[Array, Draw, Info]:
+            trace, log_density, info = target.evaluate({**values, **as_points(points)})
+            energy = jnp.where(same_sites(others, draw, trace), -log_density, jnp.inf) if others else -log_density
+            idle = [jnp.where(over(trace.active[name], points[name]), 0.0, points[name] ** 2).sum() for name in optional]
+            return energy + 0.5 * sum(idle), trace, info
+
+        return specialised(there, {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in self._shapes(target).items()})
 
     def _shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
         return shapes(target, self.names, type(self).__name__)
@@ -298,6 +291,21 @@ def with_finite_gradient(energy: Potential) -> Potential:
 
     guarded.defvjp(there, lambda gradient, scale: (jax.tree.map(lambda x: scale * x, gradient),))
     return guarded
+
+
+def renewed(make: Callable[[Potential], MCMCKernel], potential: Potential, inner: Any, points: dict[str, Array]) -> Any:
+    """NumPyro's state at other points, or for another potential: what has been adapted stays."""
+    kernel = make(potential)
+    if not {kernel.sample_field, "potential_energy", "z_grad"} <= set(inner._fields):
+        raise SiteError(
+            f"{type(kernel).__name__} keeps more than the potential and gradient of where it stands, which other kernels "
+            "cannot move, nor a target that changes: run it alone, on sites that are always active, or take NUTS"
+        )
+    inner = inner._replace(**{kernel.sample_field: points})
+    if isinstance(kernel, numpyro.infer.HMC):  # which knows whether to differentiate forward
+        return kernel.refresh(inner, (), {})
+    energy, gradient = jax.value_and_grad(potential)(points)
+    return inner._replace(potential_energy=energy, z_grad=gradient)
 
 
 def over(active: Array, point: Array) -> Array:

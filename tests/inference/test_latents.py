@@ -38,7 +38,7 @@ EXPECTATIONS = {
 }
 
 
-def quadrature(program, points=300):
+def quadrature(program, points=60):
     """The expectations, by enumeration given each of many scales."""
     nodes, weights = np.polynomial.legendre.leggauss(points)
     scales, weights = (nodes + 1) / 2 * 9 + 1e-6, weights * 4.5
@@ -54,7 +54,7 @@ def quadrature(program, points=300):
 
 def test_the_cycle_recovers_the_posterior():
     program = noisy.condition({"y": Y})
-    found = inference.MCMC(CYCLE, num_samples=2000, num_warmup=300, num_chains=4).run(KEY, program)
+    found = inference.MCMC(CYCLE, num_samples=1500, num_warmup=300, num_chains=4).run(KEY, program)
     for name, expected in quadrature(program).items():
         values = np.asarray(EXPECTATIONS[name](found.values), np.float64)
         error = found.error(values)
