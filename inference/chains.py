@@ -1,6 +1,6 @@
 """Markov chains over traces: what a kernel is, and what it may ask of a program. `inference.MCMC` drives one."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Arrays, Output, Settings, check_faults, runner
 from latentrace.ppl.sites import generate_p
-from latentrace.ppl.staging import Staged, random_sites
+from latentrace.ppl.staging import Staged, optional_sites, random_sites
 from latentrace.ppl.state import Counts, Faults, Tempering, together
 
 Array = jax.Array
@@ -98,6 +98,12 @@ class Target(NamedTuple):
         texts = {s.name for s in self.staged.sites.values() if s.kind == generate_p.name}
         return {name: draw.values[name][0] if name in texts else draw.values[name] for name in self.random}
 
+    def same_choices(self, one: Draw, other: Draw, but: Container[str] = ()) -> Array:
+        """bool[]: whether two traces have the same random choices, those of sites in `but` left out: the same elements are
+        active. Between traces that have not, there is no density ratio: values of one are missing in the other."""
+        optional = [name for name in optional_sites(self.staged.jaxpr) if name in self.random and name not in but]
+        return jnp.asarray([jnp.array_equal(one.active[name], other.active[name]) for name in optional] or True).all()
+
     def evaluate(self, values: Mapping[str, Array]) -> tuple[Draw, Array, Info]:
         """The trace in which every random site has its value in `values`, and its log density float32[], nats."""
         output = self.population(jax.random.key(0), Settings(1), values)
@@ -118,11 +124,6 @@ def info_of(output: Output, accepted: Array) -> Info:
     """What a population's run says of a step that ran it."""
     counts = jax.tree.map(lambda x: x.sum(axis=0), output.counts)._replace(model_calls=output.counts.model_calls.max())
     return Info(accepted, together(output.faults), counts)
-
-
-def same_sites(names: Iterable[str], one: Draw, other: Draw) -> Array:
-    """bool[]: whether the same elements of these sites are active in two traces."""
-    return jnp.asarray([jnp.array_equal(one.active[name], other.active[name]) for name in names] or True).all()
 
 
 def added(one: Info, other: Info) -> Info:

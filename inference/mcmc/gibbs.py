@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.sites import generate_p, sample_p
-from latentrace.ppl.staging import optional_sites, trace_eqns
+from latentrace.ppl.staging import trace_eqns
 
-from ..chains import Draw, Info, Kernel, State, Target, same_sites
+from ..chains import Draw, Info, Kernel, State, Target
 
 Array = jax.Array
 VALUES = "values"
@@ -118,13 +118,11 @@ class Gibbs(Kernel):
         """The trace with each value of an element, its log density float32[K], and what that cost."""
         values, support = target.choices(draw), jnp.asarray(site.support).astype(draw.values[name].dtype)
         beside = target._replace(beside=(*target.beside, VALUES))
-        others = [other for other in optional_sites(target.staged.jaxpr) if other in values]
 
         def one(value: Array) -> tuple[Draw, Array, Info]:
             changed = values[name].reshape(-1).at[at].set(value).reshape(values[name].shape)
             then, log_density, info = beside.evaluate({**values, name: changed})
-            kept = same_sites(others, draw, then) if others else jnp.asarray(True)
-            return then, jnp.where(kept, log_density, -jnp.inf), info
+            return then, jnp.where(target.same_choices(draw, then), log_density, -jnp.inf), info
 
         draws, log_density, info = jax.vmap(one, axis_name=VALUES)(support)
         counts = jax.tree.map(lambda x: x.sum(axis=0), info.counts)._replace(model_calls=info.counts.model_calls.max())

@@ -17,7 +17,7 @@ from latentrace.ppl.sites import sample_p
 from latentrace.ppl.staging import optional_sites, trace_eqns
 from latentrace.ppl.unconstrained import Point, PointOf, point_shape
 
-from ..chains import Draw, Info, Kernel, Target, draw_of, info_of, same_sites
+from ..chains import Draw, Info, Kernel, Target, draw_of, info_of
 
 Array = jax.Array
 Potential = Callable[[Any], Array]
@@ -144,16 +144,15 @@ class NumPyro(Kernel):
 
     def _traces(self, target: Target, draw: Draw) -> Callable[[Any], tuple[Array, Draw, Info]]:
         """From points to their potential and the trace there. What does not depend on them is computed here, such as texts."""
-        values, optional = target.choices(draw), self._optional(target)
-        others = [name for name in optional_sites(target.staged.jaxpr) if name in values and name not in self._shapes(target)]
+        values, optional, mine = target.choices(draw), self._optional(target), self._shapes(target)
 
         def there(points: dict[str, Array]) -> tuple[Array, Draw, Info]:
             trace, log_density, info = target.evaluate({**values, **as_points(points)})
-            energy = jnp.where(same_sites(others, draw, trace), -log_density, jnp.inf) if others else -log_density
+            energy = jnp.where(target.same_choices(draw, trace, but=mine), -log_density, jnp.inf)
             idle = [jnp.where(over(trace.active[name], points[name]), 0.0, points[name] ** 2).sum() for name in optional]
             return energy + 0.5 * sum(idle), trace, info
 
-        return specialised(there, {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in self._shapes(target).items()})
+        return specialised(there, {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in mine.items()})
 
     def _shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
         return shapes(target, self.names, type(self).__name__)
