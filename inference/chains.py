@@ -120,6 +120,10 @@ class Target(NamedTuple):
         found, state = walk(self.staged, self.arrays, self.given, drawn, dict(values), dict(kept), **how)
         return found, state.faults, state.counts
 
+    def largest(self, x: Array) -> Array:
+        """The largest of a number of each chain."""
+        return jax.lax.pmax(x, self._axes) if self._axes else x
+
     def require_choices(self, algorithm: str) -> None:
         """`SiteError` where nothing is random."""
         if not self.random:

@@ -11,6 +11,7 @@ from .numpyro_kernels import HMC, NUTS, NumPyro
 from .power_sampling import PowerSampling
 from .proposal_program import ProposalProgram
 from .proposals import LogRandomWalk, RandomWalk
+from .quest import Quest
 from .regenerate import Regenerate
 from .replica_exchange import ReplicaExchange
 from .tempered import Ramp, Tempered
@@ -39,6 +40,7 @@ __all__ = [
     "NumPyro",
     "PowerSampling",
     "ProposalProgram",
+    "Quest",
     "Ramp",
     "RandomWalk",
     "Regenerate",

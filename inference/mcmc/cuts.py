@@ -20,6 +20,12 @@ class Cuts(Protocol):
         """Whether it reads entropies."""
         ...
 
+    @property
+    def equal(self) -> bool:
+        """Whether weights are 0 or 1, and that of a choice depends on nothing after it: chains may then take their places
+        alike (`Redraw.take`)."""
+        ...
+
     def weights(self, walk: Walk, name: str) -> Array:
         """float32, 0 or more, for each choice of site `name`, as in `walk.notes[name].log_q`; what is inactive is left out by
         the caller. A trace all of whose weights are 0 is not moved."""
@@ -28,10 +34,10 @@ class Cuts(Protocol):
 
 @dataclass(frozen=True)
 class UniformCuts:
-    """Every choice alike: each token of a text, each value; the elements of a plate, which are drawn side by side, count as
-    many but are cut together."""
+    """Every choice alike: each token of a text, each value. A plate, whose elements are drawn side by side, is one choice."""
 
     entropies = False
+    equal = True
 
     def weights(self, walk: Walk, name: str) -> Array:
         return jnp.ones_like(walk.notes[name].log_q)
@@ -43,6 +49,7 @@ class SiteCuts:
     the boundaries of steps."""
 
     entropies = False
+    equal = True
 
     def weights(self, walk: Walk, name: str) -> Array:
         note = walk.notes[name].log_q
@@ -56,6 +63,7 @@ class StepCuts:
 
     after: tuple[int, ...]
     entropies = False
+    equal = True
 
     def weights(self, walk: Walk, name: str) -> Array:
         note = walk.notes[name].log_q
@@ -75,6 +83,7 @@ class EntropyCuts:
 
     floor: float = 0.05
     entropies = True
+    equal = False
 
     def __post_init__(self) -> None:
         if not self.floor > 0:
@@ -97,6 +106,6 @@ def rule(cuts: Any, kernel: str) -> Cuts:
         if cuts not in RULES:
             raise SiteError(f"{kernel}: no rule of cuts {cuts!r}; {near_misses(cuts, RULES)}")
         return RULES[cuts]
-    if not hasattr(cuts, "weights") or not hasattr(cuts, "entropies"):
+    if not all(hasattr(cuts, member) for member in ("weights", "entropies", "equal")):
         raise SiteError(f"{kernel}: cuts are one of {', '.join(RULES)}, or have the members of `mcmc.Cuts`; found {cuts!r}")
     return cuts  # type: ignore[no-any-return]

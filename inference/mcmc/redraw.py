@@ -40,6 +40,8 @@ class WalkState(NamedTuple):
     """The state of a kernel that walks."""
 
     walk: Walk
+    most: Array
+    """int32[]: the most ranks of places that any chain has had, up to the end of warm-up"""
 
     @property
     def draw(self) -> Draw:
@@ -97,37 +99,64 @@ class Redraw(Kernel):
 
     def init(self, target: Target, rng_key: Array, draw: Draw) -> WalkState:
         """A walk along the trace, which reads it token by token."""
-        return self._along(target, rng_key, draw, None)
+        walk = self._along(target, rng_key, draw, None)
+        return WalkState(walk, target.largest(self._ranks(target, walk)))
 
     def at(self, target: Target, state: WalkState, draw: Draw) -> WalkState:
         """A walk along another trace: what the chain's contexts have read already is not read again."""
-        return self._along(target, jax.random.key(0), draw, state.walk)
+        return state._replace(walk=self._along(target, jax.random.key(0), draw, state.walk))
 
-    def _along(self, target: Target, rng_key: Array, draw: Draw, before: Walk | None) -> WalkState:
+    def _along(self, target: Target, rng_key: Array, draw: Draw, before: Walk | None) -> Walk:
         sites = target.staged.sites
         shape = lambda s: (*s.dims, s.max_tokens) if s.max_tokens else s.dims
         kept = {name: jnp.ones(shape(sites[name]), bool) for name in target.random}
-        return WalkState(target.walk(rng_key, target.choices(draw), kept, before=before, notes=self.notes)[0])
+        return target.walk(rng_key, target.choices(draw), kept, before=before, notes=self.notes)[0]
 
     def step(self, target: Target, rng_key: Array, state: WalkState) -> tuple[WalkState, Info]:
         """The trace after one move."""
         if target.changing:
             state = self.at(target, state, state.draw)
         cut_key, run_key, pick_key, accept_key = jax.random.split(rng_key, 4)
-        cut_key = jax.random.fold_in(target.shared(cut_key), 0)
         x, places = state.walk, self.places(target, state.walk)
-        at = inverse_cdf(places.weights, jax.random.uniform(cut_key))
-        place = Place(at, places.numbers[at])
-        kept = self.kept(target, x, place)
+        place, moves = self.take(target, cut_key, places, state.most)
+        kept = {name: mask | ~moves for name, mask in self.kept(target, x, place).items()}
         options: dict[str, Any] = {"before": x, "notes": self.notes}
         walks, faults, counts = target.walks(self.tries, run_key, choices_of(target, x), kept, **options)
         tried = over(walks, lambda y: self.log_w(target, y, x, kept, place), size=self.tries).whole(self.tries)
         which = jax.random.categorical(pick_key, tried)
         one = nth(walks, which)
         now = self.log_w(target, x, one, kept, place)
-        accept = accepts(accept_key, log_multiple_try(tried, now, which))
-        stats = {"cut": place.number, "length": x.made, "new_tokens": counts.generated.sum()}
-        return WalkState(choose(accept, one, x)), info_of_walks(faults, counts, accept, stats)
+        accept = moves & accepts(accept_key, self.log_ratio(x, one, log_multiple_try(tried, now, which)))
+        after = choose(accept, one, x)
+        warming, most = target.iteration < target.num_warmup, target.largest(self._ranks(target, after))
+        most = jnp.where(warming, jnp.maximum(state.most, most), state.most)
+        stats = {"cut": jnp.where(moves, place.number, -1), "length": x.made, "new_tokens": counts.generated.sum()}
+        return WalkState(after, most), info_of_walks(faults, counts, accept, stats)
+
+    def take(self, target: Target, rng_key: Array, places: Places, most: Array) -> tuple[Place, Array]:
+        """A place, and whether there is one.
+
+        Where the rule only says which places there are, chains take the one of the same rank: then they stay in step. A rank
+        is drawn whatever the trace, and the trace stays as it is if it has fewer: so the target is invariant for each rank by
+        itself, and what chains have in common does not make their traces depend on each other. Other rules take a place in
+        proportion to its weight, each chain its own.
+        """
+        if not self.rule.equal:
+            at = inverse_cdf(places.weights, jax.random.uniform(rng_key))
+            return Place(at, places.numbers[at]), places.weights.sum() > 0
+        rank_key = jax.random.fold_in(target.shared(rng_key), 0)
+        numbers, distinct = ranked(places)
+        rank = jnp.minimum((jax.random.uniform(rank_key) * most).astype(jnp.int32), most - 1)
+        number = jnp.where(distinct & (jnp.cumsum(distinct) - 1 == rank), numbers, -1).max()
+        at = inverse_cdf(jnp.where(places.numbers == number, places.weights, 0.0), jax.random.uniform(rng_key))
+        return Place(at, number), number >= 0
+
+    def _ranks(self, target: Target, walk: Walk) -> Array:
+        return ranked(self.places(target, walk))[1].sum().astype(jnp.int32)
+
+    def log_ratio(self, walk: Walk, other: Walk, exact: Array) -> Array:
+        """Log of the ratio, float32[], by which another walk is accepted."""
+        return exact
 
     def places(self, target: Target, walk: Walk) -> Places:
         """What the rule says of a trace's choices."""
@@ -135,13 +164,26 @@ class Redraw(Kernel):
         weights = [jnp.where(inside[n], self.rule.weights(walk, n), 0.0).ravel().astype(jnp.float32) for n in names]
         return Places(jnp.concatenate(weights), jnp.concatenate([walk.notes[n].number.ravel() for n in names]))
 
+    def log_chance(self, places: Places, alike: Array, place: Place) -> Array:
+        """Log probability, float32[], with which one of the places `alike` (bool[M]) is taken; given its rank where that is
+        drawn whatever the trace."""
+        among = jnp.where(places.numbers == place.number, places.weights, 0.0) if self.rule.equal else places.weights
+        part = jnp.where(alike, places.weights, 0.0).sum()
+        return jnp.where(part > 0, jnp.log(part) - jnp.log(among.sum()), -jnp.inf)
+
     def log_w(self, target: Target, walk: Walk, other: Walk, kept: dict[str, Array], place: Place) -> Array:
         """log w, float32[], of one trace when `other` is the one before or after it; -inf where it is impossible."""
         places, inside, there = self.places(target, walk), walk.inside(target.random), other.inside(target.random)
-        part = jnp.where(self.alike(places, place), places.weights, 0.0).sum()
-        chance = jnp.where(part > 0, jnp.log(part) - jnp.log(places.weights.sum()), -jnp.inf)
+        chance = self.log_chance(places, self.alike(places, place), place)
         repeated = [jnp.where(kept[n] & inside[n] & there[n], walk.notes[n].log_q, 0.0).sum() for n in target.random]
         return jnp.where(walk.log_weight == -jnp.inf, -jnp.inf, self.power * walk.log_weight) + chance + sum(repeated)
+
+
+def ranked(places: Places) -> tuple[Array, Array]:
+    """The numbers of places of positive weight, ascending, int32[M], and which of them are the first of their kind."""
+    none = jnp.iinfo(jnp.int32).max
+    numbers = jnp.sort(jnp.where(places.weights > 0, places.numbers, none))
+    return numbers, (numbers < none) & jnp.concatenate([jnp.ones(1, bool), numbers[1:] != numbers[:-1]])
 
 
 def log_multiple_try(tried: Array, now: Array, which: Array) -> Array:
