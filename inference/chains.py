@@ -1,6 +1,6 @@
 """Markov chains over traces: what a kernel is, and what it may ask of a program. `inference.MCMC` drives one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from latentrace.ppl.boundary import Boundary, over, parted
 from latentrace.ppl.choices import Keyed
-from latentrace.ppl.collectives import index, over_particles
+from latentrace.ppl.collectives import PARTICLES, PROBLEMS, index
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Arrays, Output, Settings, check_faults, runner
 from latentrace.ppl.sites import generate_p
@@ -92,8 +92,7 @@ class Target(NamedTuple):
 
     def walk(self, rng_key: Array, values: Mapping[str, Array], kept: Mapping[str, Array], **options: Any) -> Walked:
         """One walk that repeats those of `values` that are `kept` and draws the others; for `options` see `ppl.walk.walk`."""
-        whole = over_particles(self._walker(rng_key, values, kept, options), 1)
-        return jax.tree.map(lambda x: x[0], whole)  # type: ignore[no-any-return]
+        return self._walk(rng_key, values, kept, options, jnp.int32(0), self._axes)
 
     def walks(
         self, size: int, rng_key: Array, values: Mapping[str, Array], kept: Mapping[str, Array], **options: Any
@@ -103,24 +102,23 @@ class Target(NamedTuple):
             found, faults, counts = self.walk(rng_key, values, kept, **options)
             alone = Boundary(*jax.tree.flatten(found), axes=(None,) * len(jax.tree.leaves(found)))
             return alone, *jax.tree.map(lambda x: x[None], (faults, counts))
-        walker = self._walker(rng_key, values, kept, options)
 
         def one(_: Any) -> tuple[Walk, tuple[Faults, Counts]]:
-            found, faults, counts = walker()
+            found, faults, counts = self._walk(rng_key, values, kept, options, index(), (*self._axes, PARTICLES))
             return found, (faults, counts)
 
         walks, (faults, counts) = parted(over(Boundary.nothing(), one, size=size), size)
         return walks, faults, counts
 
-    def _walker(self, rng_key: Array, values: Any, kept: Any, options: dict[str, Any]) -> Callable[[], Walked]:
-        shared = {"tempering": self.tempering, "side_by_side": self.side_by_side, "beside": self.beside, **options}
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        return (*([PROBLEMS] if self.side_by_side else []), *self.beside)
 
-        def walker() -> Walked:
-            drawn = Keyed(rng_key, index())
-            found, state = walk(self.staged, self.arrays, self.given, drawn, dict(values), dict(kept), **shared)
-            return found, state.faults, state.counts
-
-        return walker
+    def _walk(self, rng_key: Array, values: Any, kept: Any, options: Any, number: Array, axes: tuple[str, ...]) -> Walked:
+        how = {"tempering": self.tempering, "axes": axes, **options}
+        drawn = Keyed(rng_key, number)
+        found, state = walk(self.staged, self.arrays, self.given, drawn, dict(values), dict(kept), **how)
+        return found, state.faults, state.counts
 
     def require_choices(self, algorithm: str) -> None:
         """`SiteError` where nothing is random."""

@@ -111,7 +111,7 @@ class Interpreter:
 
     @property
     def in_plate(self) -> bool:
-        return self.axes[-1] != PARTICLES
+        return bool(self.axes) and self.axes[-1].startswith("plate")
 
     def count_choice(self, active: Any) -> None:
         """Count a choice of the trace where it is active; in a plate the plate itself is counted."""
@@ -354,13 +354,13 @@ def merge_faults(faults: Faults, outer: State, are_rollouts: bool) -> Faults:
     return jax.tree.map(lambda new, old: jnp.where(alive, new, old), found, before)
 
 
-def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
-    """The state before the first site."""
+def first_state(staged: Staged, models: list[Any], choices: Any, root: Array | None = None) -> State:
+    """The state before the first site; `root` is the particle's number, by default that on the axis of particles."""
     wants = need(staged.jaxpr)
     read = {e.params["model"]: e.params["size"] for e in all_eqns(staged.jaxpr) if e.primitive is sites.features_p}
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0), read.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
-    zero = jnp.int32(0)
+    zero, root = jnp.int32(0), index() if root is None else root
     return State(
-        choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index(), jnp.float32(0), zero
+        choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, root, jnp.float32(0), zero
     )

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from .again import Repeated, rewound
 from .arena import Arena, Prompt
 from .choices import Choices
-from .collectives import PARTICLES, PROBLEMS
 from .interpreter import Interpreter, first_state
 from .notes import About, Notes, split_notes
 from .staging import Staged
@@ -58,10 +57,9 @@ def walk(
     before: Walk | None = None,
     notes: Notes,
     tempering: Tempering | None = None,
-    side_by_side: bool = False,
-    beside: tuple[str, ...] = (),
+    axes: tuple[str, ...] = (),
 ) -> tuple[Walk, State]:
-    """One particle's walk on the axis of particles, and the state that it ended with.
+    """One particle's walk, and the state that it ended with; `axes` are those of others that walk side by side with it.
 
     It repeats those of `values` that are `kept` (see `Repeated`); the others are `drawn`. From `before` it takes over what need
     not be read again; without it all is read.
@@ -69,10 +67,9 @@ def walk(
     consts = dict(zip(staged.consts, arrays.consts))
     models = [tree.unflatten(x) for tree, x in zip(staged.trees, arrays.models)]
     choices: Choices = Repeated(drawn, values, kept, *_records(before))
-    state = first_state(staged, models, choices)
+    state = first_state(staged, models, choices, jnp.int32(0))
     if before is not None:
         state = state._replace(same=jnp.asarray(True), arenas=tuple(map(rewound, before.arenas)))
-    axes = (*([PROBLEMS] if side_by_side else []), *beside, PARTICLES)
     run = Interpreter(staged, consts, models, state, given=given, axes=axes, tempering=tempering)
     run.notes, run.is_density = notes, False
     if before is not None:

@@ -6,6 +6,7 @@ from .infill import Infill, SingleSite
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
+from .power_sampling import PowerSampling
 from .proposal_program import ProposalProgram
 from .proposals import LogRandomWalk, RandomWalk
 from .regenerate import Regenerate
@@ -30,6 +31,7 @@ __all__ = [
     "Metropolis",
     "Mixture",
     "Moves",
+    "PowerSampling",
     "ProposalProgram",
     "Ramp",
     "RandomWalk",

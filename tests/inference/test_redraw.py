@@ -10,16 +10,10 @@ from scipy.special import logsumexp
 
 from latentrace.inference import mcmc
 from latentrace.inference.mcmc.redraw import Place, choices_of, log_multiple_try
-from latentrace.ppl.collectives import over_particles
 from latentrace.ppl.state import Tempering
 from latentrace.ppl.walk import walk
 
 from .moves import PROGRAMS, World, enumerated
-
-
-def one(fn):
-    """`fn()` for a particle that is alone."""
-    return jax.tree.map(lambda x: x[0], over_particles(fn, 1))
 
 
 @cache
@@ -44,14 +38,10 @@ def proposals(kernel, name, tempering=None):
         places = kernel.places(target, x)
         place = Place(at, places.numbers[at])
         kept, zero = kernel.kept(target, x, place), jnp.float32(0)
-
-        def particle():
-            drawn = World(world, jnp.int32(0), zero, zero, None)
-            y, state = walk(target.staged, target.arrays, target.given, drawn, choices_of(target, x), kept, before=x,
-                            notes=kernel.notes, tempering=target.tempering)  # fmt: skip
-            return y, state.choices.drawn
-
-        y, drawn = one(particle)
+        drawn = World(world, jnp.int32(0), zero, zero, None)
+        y, state = walk(target.staged, target.arrays, target.given, drawn, choices_of(target, x), kept, before=x,
+                        notes=kernel.notes, tempering=target.tempering)  # fmt: skip
+        drawn = state.choices.drawn
         chance = places.weights[at] / places.weights.sum() * jnp.exp(drawn.log_p_own)
         chance = jnp.where(drawn.own == 0, chance, 0.0)  # else this world repeats one with fewer digits
         log_w = partial(kernel.log_w, target, kept=kept, place=place)
