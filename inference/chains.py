@@ -1,6 +1,6 @@
 """Markov chains over traces: what a kernel is, and what it may ask of a program. `inference.MCMC` drives one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,7 +13,7 @@ from latentrace.ppl.collectives import PARTICLES, PROBLEMS, index
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Arrays, Output, Settings, check_faults, runner
 from latentrace.ppl.sites import generate_p
-from latentrace.ppl.staging import Staged, random_sites
+from latentrace.ppl.staging import Staged, optional_sites, random_sites
 from latentrace.ppl.state import Counts, Faults, Tempering, together
 from latentrace.ppl.walk import Walk, walk
 
@@ -132,6 +132,12 @@ class Target(NamedTuple):
         """A draw's values of the random sites: token ids for texts."""
         texts = {s.name for s in self.staged.sites.values() if s.kind == generate_p.name}
         return {name: draw.values[name][0] if name in texts else draw.values[name] for name in self.random}
+
+    def same_choices(self, one: Draw, other: Draw, but: Container[str] = ()) -> Array:
+        """bool[]: whether two traces have the same random choices, those of sites in `but` left out: the same elements are
+        active. Between traces that have not, there is no density ratio: values of one are missing in the other."""
+        optional = [name for name in optional_sites(self.staged.jaxpr) if name in self.random and name not in but]
+        return jnp.asarray([jnp.array_equal(one.active[name], other.active[name]) for name in optional] or True).all()
 
     def evaluate(self, values: Mapping[str, Array]) -> tuple[Draw, Array, Info]:
         """The trace in which every random site has its value in `values`, and its log density float32[], nats."""

@@ -14,9 +14,11 @@ from .arena import keep_features, last_tokens, read_pending, read_row, start_row
 from .choices import Spec
 from .collectives import anybody
 from .decode import decode, replay
+from .errors import SiteError
 from .notes import note_value
 from .state import note_overflow, with_arena
 from .text import PAD
+from .unconstrained import Point, PointOf, constrained, point_at
 
 if TYPE_CHECKING:
     from .interpreter import Interpreter
@@ -47,13 +49,31 @@ def counted(dist: Any) -> Array:
     return mask
 
 
+def harmless(dist: Any, value: Array, active: Any) -> Array:
+    """A given value, but one inside the support where its site is inactive: what a trace holds there, zeros, might be a scale
+    of 0, and what follows would have NaN gradients though it does not count."""
+    if active is True:
+        return value
+    try:
+        return jnp.where(active, value, dist.support.feasible_like(value))
+    except (NotImplementedError, AttributeError, TypeError):
+        return value
+
+
 def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: bool, out: Any, support: Any) -> list[Any]:
     leaves, scale = (operands[:-1], operands[-1]) if scaled else (operands, jnp.float32(1))
     dist, (shape, dtype) = tree.unflatten(leaves), out
-    spec = None if support is None else Spec(int(np.prod(shape)), len(support))
+    spec, recorded = None if support is None else Spec(int(np.prod(shape)), len(support)), None
     if name in run.given:
-        value = jnp.broadcast_to(jnp.asarray(run.frame.get(run.given[name])).astype(dtype), shape)
-        log_weight = scale * log_prob(dist, value)
+        given = run.frame.get(run.given[name])
+        if isinstance(given, Point):
+            value, log_jacobian = constrained(dist, given.point)
+            log_weight = scale * jnp.sum(dist.log_prob(value)) + log_jacobian
+        else:
+            value = given.value if isinstance(given, PointOf) else given
+            value = harmless(dist, jnp.broadcast_to(jnp.asarray(value).astype(dtype), shape), run.is_active())
+            log_weight = scale * log_prob(dist, value)
+            recorded = point_at(dist, value) if isinstance(given, PointOf) else None
     elif (supplied := run.state.choices.supply(spec, run.is_active())) is not None:
         digits, canonical, choices = supplied
         run.state = run.state._replace(choices=choices)
@@ -63,7 +83,12 @@ def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: b
         run.record(name, value)
         return [value]
     else:
-        value, choices = run.state.choices.value(run.site(name), dist, run.state.made)
+        try:
+            value, choices = run.state.choices.value(run.site(name), dist, run.state.made)
+        except NotImplementedError as error:
+            raise SiteError(
+                f"site {name!r}: {type(dist).__name__} cannot be simulated ({error}); give it a proper prior, or a value"
+            ) from error
         if run.notes is not None:
             note_value(run, name, log_prob(dist, value), run.state.made)
         run.state = run.state._replace(choices=choices)
@@ -72,7 +97,7 @@ def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: b
     cell = run.frame.put(value)
     if log_weight is not None:
         run.add_weight(name, log_weight)
-    run.record(name, run.frame.get(cell))
+    run.record(name, run.frame.get(cell) if recorded is None else recorded)
     return [run.frame.get(cell)]
 
 

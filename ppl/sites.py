@@ -206,10 +206,8 @@ def bind_sample(name: str, dist: Any, scale: Any) -> Array:
     leaves, tree = flatten(dist)
     try:
         out = jax.eval_shape(lambda leaves, key: tree.unflatten(leaves).sample(key), leaves, jax.random.key(0))
-    except NotImplementedError as error:
-        raise SiteError(
-            f"site {full!r}: {type(dist).__name__} cannot be simulated ({error}); give it a proper prior"
-        ) from error
+    except NotImplementedError:  # no proper distribution: an error only where it has to be drawn
+        out = jax.ShapeDtypeStruct(dist.shape(), jnp.result_type(float))
     operands = leaves if scale is None else [*leaves, jnp.asarray(scale, jnp.float32)]
     return sample_p.bind(
         *operands, name=full, tree=tree, scaled=scale is not None, out=(out.shape, str(out.dtype)), support=_support(dist)

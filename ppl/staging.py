@@ -9,7 +9,7 @@ import numpy as np
 
 from . import numpyro_bridge
 from .errors import SiteError, SiteNameError, near_misses
-from .jaxpr import CALLS, all_eqns, body_of, called_jaxpr, inner_jaxprs, is_site, scan_of, structural_key
+from .jaxpr import CALLS, all_eqns, body_of, called_jaxpr, inner_jaxprs, is_site, scan_of, sites_inside, structural_key
 from .language_model import LanguageModel
 from .proposals import checks_tokens, has_potentials
 from .sites import (
@@ -308,6 +308,12 @@ def check_repeatable(staged: Staged, given: Collection[str]) -> None:
                 f"site {eqn.params['name']!r}: its constraint is asked about one token at a time (`allows`), so its weight is "
                 "random and a trace through it cannot be repeated; give the constraint a `mask`, or take SMC or PMMH"
             )
+
+
+def optional_sites(closed: Any) -> set[str]:
+    """The names of sites that may be inactive: those in branches and in `while` loops."""
+    conditional = [eqn for eqn in trace_eqns(closed) if eqn.primitive.name in ("cond", "while")]
+    return {name for eqn in conditional for inner in inner_jaxprs(eqn) for name in sites_inside(inner)}
 
 
 def value_sites(staged: Staged) -> list[Site]:

@@ -2,10 +2,12 @@
 
 from .composition import Cycle, Mixture, Repeat
 from .cuts import Cuts, EntropyCuts, SiteCuts, StepCuts, UniformCuts
+from .gibbs import Gibbs
 from .infill import Infill, SingleSite
 from .mcmc import MCMC
 from .metropolis import Metropolis
 from .moves import Moves
+from .numpyro_kernels import HMC, NUTS, NumPyro
 from .power_sampling import PowerSampling
 from .proposal_program import ProposalProgram
 from .proposals import LogRandomWalk, RandomWalk
@@ -19,18 +21,22 @@ from ..smc.conditional import ConditionalSMC  # isort: skip
 from ..smc.pmmh import MarginalMetropolis  # isort: skip
 
 __all__ = [
+    "HMC",
     "MCMC",
+    "NUTS",
     "AncestorSampling",
     "ConditionalSMC",
     "Cuts",
     "Cycle",
     "EntropyCuts",
+    "Gibbs",
     "Infill",
     "LogRandomWalk",
     "MarginalMetropolis",
     "Metropolis",
     "Mixture",
     "Moves",
+    "NumPyro",
     "PowerSampling",
     "ProposalProgram",
     "Ramp",

@@ -17,7 +17,8 @@ T = TypeVar("T")
 class Metropolis(Kernel):
     """A kernel that proposes values of some sites, and accepts them with the probability of Hastings (1970), equation 2.
 
-    Each step evaluates the density of two traces, one pass through the language model for each text of them.
+    Each step evaluates the density of two traces, one pass through the language model for each text of them. Values under which
+    other random choices would appear or vanish are rejected: these would have to be drawn too.
 
     >>> from latentrace.inference.mcmc import Metropolis, RandomWalk
     >>> Metropolis(RandomWalk(theta=0.3)).sites
@@ -44,6 +45,7 @@ class Metropolis(Kernel):
         moved, log_ratio = self.proposal.propose(propose_key, {name: values[name] for name in self.proposal.sites})
         now, log_now, info = target.evaluate(values)
         then, log_then, more = target.evaluate({**values, **moved})
+        log_ratio = jnp.where(target.same_choices(now, then), log_ratio, -jnp.inf)
         accept = accepts(accept_key, log_then - log_now + log_ratio)
         return choose(accept, then, now), added(info, more._replace(accepted=accept.astype(jnp.float32)))
 

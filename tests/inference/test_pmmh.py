@@ -150,6 +150,21 @@ def test_metropolis_balances_in_detail(enumerated):
             assert float(log_ratio) == pytest.approx(np.log(back / forth), abs=1e-5)
 
 
+def test_metropolis_makes_no_choice_appear_or_vanish(enumerated):
+    """k decides whether there is a coin, whose value in the other branch's trace is a 0 that nobody drew."""
+
+    def branching():
+        k = ppl.sample("k", dist.Categorical(logits=jnp.asarray(LOGITS)))
+        jax.lax.cond(k == 0, lambda: ppl.sample("coin", dist.Bernoulli(0.3)), lambda: jnp.int32(0))
+
+    kernel, target = metropolis.Metropolis(Table()), target_of(branching)
+    evaluate = jax.jit(lambda values: target.evaluate(values)[0])
+    move = jax.jit(lambda then, draw: (kernel.move(target, {"k": then}, draw)[0], enumerated.pop()))
+    for k, then in [(0, 1), (1, 0), (1, 2), (0, 0)]:
+        log_ratio = move(jnp.int32(then), evaluate({"k": jnp.int32(k), "coin": jnp.int32(0)}))[1]
+        assert (log_ratio == -jnp.inf) == ((k == 0) != (then == 0))
+
+
 @pytest.mark.parametrize(("proposal", "law"), [(RandomWalk(a=0.4), stats.norm), (LogRandomWalk(a=0.4), None)])
 def test_random_walks_know_their_ratio(proposal, law):
     """log q(old | new) - log q(new | old) of the densities that SciPy knows."""
