@@ -157,7 +157,7 @@ class Mixture(Composition):
             states = (*state.states[:number], after, *state.states[number + 1 :])
             return Mixed(after.draw, states, jnp.int32(number)), info._replace(stats=own_stats(info))
 
-        ones = [partial(one, number) for number in range(len(self.kernels))]
+        ones = [jax.jit(partial(one, number)) for number in range(len(self.kernels))]  # traced once
         silent = [jax.tree_util.tree_map_with_path(_silent, jax.eval_shape(one, state)[1].stats) for one in ones]
 
         def among(number: int, state: Mixed) -> tuple[Mixed, Info]:

@@ -41,22 +41,22 @@ class Moves:
             which = ", ".join(map(str, never[:5])) + (", ..." if never.size > 5 else "")
             yield (
                 f"{never.size} of {chains} chains never moved ({which}): none of their proposals in {steps} steps was "
-                f"accepted, for {self.tokens[never].sum()} tokens{self._reason(int(never[0]))}. Their draws are one trace "
-                "each; take another kernel, smaller moves, or a tempered target"
+                f"accepted, for {self.tokens[never].sum()} tokens{self._reason(never)}. Their draws are one trace each; take "
+                "another kernel, smaller moves, or a tempered target"
             )
 
-    def _reason(self, chain: int) -> str:
-        """Why a chain that proposes by a program cannot have moved."""
+    def _reason(self, chains: np.ndarray) -> str:
+        """Why chains that propose by a program cannot have moved."""
 
         def returns(stats: dict[str, Any]) -> Iterator[np.ndarray]:
             for name, value in stats.items():
                 if isinstance(value, dict):
                     yield from returns(value)
                 elif name == "returns":
-                    yield value[chain]
+                    yield value[chains]
 
         if any(not back.any() for back in returns(self.stats)):
-            return "; its proposal program could never have drawn the way back (`stats['returns']` is False throughout)"
+            return "; their proposal program could never have drawn the way back (`stats['returns']` is False throughout)"
         return ""
 
     def __repr__(self) -> str:

@@ -218,8 +218,7 @@ def locked():
 
 def test_start_values():
     one = inference.MCMC(mcmc.Metropolis(mcmc.RandomWalk(b=1.0)), num_samples=1, num_chains=4)
-    with pytest.warns(UserWarning, match="never moved"):
-        posterior = one.run(KEY, locked, start={"b": 4.0})
+    posterior = one.run(KEY, locked, start={"b": 4.0})
     np.testing.assert_array_equal(posterior.values["b"], 4.0)
     np.testing.assert_array_equal(posterior.values["a"], 0)  # drawn until it was possible
     with pytest.raises(errors.AllParticlesDeadError, match=r"for 4 of 4 chains, in 1 forward runs.*at site 'even'"):
@@ -243,11 +242,9 @@ def test_no_first_trace_names_the_site():
 
 def test_chains_that_never_move_are_told_with_numbers():
     stuck = inference.MCMC(mcmc.Metropolis(mcmc.RandomWalk(b=1.0)), num_samples=7, num_chains=2, thinning=3)
-    with pytest.warns(UserWarning, match="never moved") as found:
+    told = r"2 of 2 chains never moved \(0, 1\): none of their proposals in 21 steps was accepted, for 0 tokens"
+    with pytest.warns(UserWarning, match=told):
         stuck.run(KEY, locked, start={"a": 0, "b": 4.0})
-    messages = [str(warning.message) for warning in found]
-    for chain in range(2):
-        assert sum(m.startswith(f"chain {chain} of 2 never moved: none of its proposals in 21 steps") for m in messages) == 1
 
 
 # --- other targets ----------------------------------------------------------------------------------------------------

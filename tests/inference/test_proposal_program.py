@@ -221,10 +221,8 @@ def test_a_chain_without_a_way_back_says_why():
         ppl.sample("n", dist.Delta(values["n"] + 1))
 
     poisson = ppl.program(lambda: ppl.sample("n", dist.Poisson(3.0)))
-    with pytest.warns(
-        UserWarning, match=r"chain 0 of 1 never moved: .*; its proposal program could never have drawn the way back"
-    ):
-        posterior = inference.MCMC(mcmc.ProposalProgram(down), 5).run(KEY, poisson)
+    with pytest.warns(UserWarning, match="never moved.*; their proposal program could never have drawn the way back"):
+        posterior = inference.MCMC(mcmc.ProposalProgram(down), 20).run(KEY, poisson)
     assert not posterior.moves.stats["returns"].any()
 
 
