@@ -9,7 +9,7 @@ import numpy as np
 
 from . import numpyro_bridge
 from .errors import SiteError, SiteNameError, near_misses
-from .jaxpr import CALLS, all_eqns, body_of, called_jaxpr, inner_jaxprs, is_site, scan_of, sites_inside, structural_key
+from .jaxpr import CALLS, Literal, all_eqns, body_of, called_jaxpr, inner_jaxprs, is_site, scan_of, sites_inside, structural_key
 from .language_model import LanguageModel
 from .proposals import checks_tokens, has_potentials
 from .sites import (
@@ -156,6 +156,30 @@ def trace_eqns(closed: Any) -> Iterator[Any]:
         yield eqn
         for inner in [] if is_rollout(eqn) else inner_jaxprs(eqn):
             yield from trace_eqns(inner)
+
+
+def steady_prompts(closed: Any) -> dict[int, list[bool]]:
+    """Of each model, in the order in which a walk meets its prompts outside of loops, branches and plates: whether what the
+    prompt holds depends on nothing random, so that it is the same in every walk."""
+    found: dict[int, list[bool]] = {}
+
+    def visit(closed: Any, random: list[bool]) -> list[bool]:
+        jaxpr = body_of(closed)
+        env = dict(zip(jaxpr.invars, random))
+        for eqn in jaxpr.eqns:
+            inputs = [not isinstance(a, Literal) and env.get(a, False) for a in eqn.invars]
+            if eqn.primitive is prompt_p:
+                found.setdefault(eqn.params["model"], []).append(not any(inputs))
+                outputs = [False] * len(eqn.outvars)
+            elif not is_site(eqn) and walks_into(eqn) and (called := called_jaxpr(eqn)) is not None:
+                outputs = visit(called, inputs)
+            else:
+                outputs = [any(inputs) or is_site(eqn) or walks_into(eqn)] * len(eqn.outvars)
+            env.update(zip(eqn.outvars, outputs))
+        return [not isinstance(a, Literal) and env.get(a, False) for a in jaxpr.outvars]
+
+    visit(closed, [False] * len(body_of(closed).invars))
+    return found
 
 
 def _hoisted(closed: Any) -> dict[int, Any]:

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from latentrace.ppl.arena import Prompt
 from latentrace.ppl.boundary import Boundary, over
 from latentrace.ppl.choices import inverse_cdf
 from latentrace.ppl.notes import Notes
-from latentrace.ppl.staging import check_repeatable
+from latentrace.ppl.staging import check_repeatable, steady_prompts
 from latentrace.ppl.state import Counts, Faults, together
 from latentrace.ppl.walk import Walk
 
@@ -127,7 +128,7 @@ class Redraw(Kernel):
         one = nth(walks, which)
         now = self.log_w(target, x, one, kept, place)
         accept = moves & accepts(accept_key, self.log_ratio(x, one, log_multiple_try(tried, now, which)))
-        after = choose(accept, one, x)
+        after = choose(accept, one, x)._replace(prompts=self._prompts(target, accept, one, x))
         warming, most = target.iteration < target.num_warmup, target.largest(self._ranks(target, after))
         most = jnp.where(warming, jnp.maximum(state.most, most), state.most)
         stats = {"cut": jnp.where(moves, place.number, -1), "length": x.made, "new_tokens": counts.generated.sum()}
@@ -150,6 +151,12 @@ class Redraw(Kernel):
         number = jnp.where(distinct & (jnp.cumsum(distinct) - 1 == rank), numbers, -1).max()
         at = inverse_cdf(jnp.where(places.numbers == number, places.weights, 0.0), jax.random.uniform(rng_key))
         return Place(at, number), number >= 0
+
+    def _prompts(self, target: Target, accept: Array, one: Walk, x: Walk) -> dict[int, list[Prompt]]:
+        """The prompts of the chosen walk; chains go on sharing those that are the same in every walk."""
+        steady = steady_prompts(target.staged.jaxpr)
+        pick = lambda same, then, now: now if same else choose(accept, then, now)
+        return {m: list(map(pick, steady.get(m, []), one.prompts[m], x.prompts[m])) for m in x.prompts}
 
     def _ranks(self, target: Target, walk: Walk) -> Array:
         return ranked(self.places(target, walk))[1].sum().astype(jnp.int32)
