@@ -1,6 +1,6 @@
 """Inference: algorithms that run on any program and return a `Posterior`."""
 
-from . import mcmc, smc
+from . import diagnostics, mcmc, plots, smc
 from .anytime import Budget, Checkpoint
 from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
@@ -26,7 +26,9 @@ __all__ = [
     "SMCSteering",
     "TemperedSMC",
     "WasteFreeSMC",
+    "diagnostics",
     "mcmc",
+    "plots",
     "simulation_based_calibration",
     "smc",
     "tarp",

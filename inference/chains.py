@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latentrace.ppl.boundary import Boundary, over, parted
+from latentrace.ppl.choices import Keyed
+from latentrace.ppl.collectives import PARTICLES, PROBLEMS, index
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Arrays, Output, Settings, check_faults, runner
 from latentrace.ppl.sites import generate_p
 from latentrace.ppl.staging import Staged, optional_sites, random_sites
 from latentrace.ppl.state import Counts, Faults, Tempering, together
+from latentrace.ppl.walk import Walk, walk
 
 Array = jax.Array
+Walked = tuple[Walk, Faults, Counts]
 
 
 class Draw(NamedTuple):
@@ -43,7 +48,7 @@ class Info(NamedTuple):
     faults: Faults
     counts: Counts
     stats: dict[str, Any] = {}
-    """arrays by name: what a kernel says of its steps besides"""
+    """what a kernel says of its steps besides: arrays by name, and a dictionary of them for each kernel that it is made of"""
 
 
 class Target(NamedTuple):
@@ -84,6 +89,36 @@ class Target(NamedTuple):
         settings = settings._replace(many=self.side_by_side, beside=self.beside)
         run = runner(self.staged, settings, self.tempering)
         return run(rng_key, jnp.int32(0), self.arrays, {**self.given, **given}, trace or {})  # type: ignore[no-any-return]
+
+    def walk(self, rng_key: Array, values: Mapping[str, Array], kept: Mapping[str, Array], **options: Any) -> Walked:
+        """One walk that repeats those of `values` that are `kept` and draws the others; for `options` see `ppl.walk.walk`."""
+        return self._walk(rng_key, values, kept, options, jnp.int32(0), self._axes)
+
+    def walks(
+        self, size: int, rng_key: Array, values: Mapping[str, Array], kept: Mapping[str, Array], **options: Any
+    ) -> tuple[Boundary, Faults, Counts]:
+        """`size` of them, of which what they have in common is kept once; faults and counts have a leading axis."""
+        if size == 1:
+            found, faults, counts = self.walk(rng_key, values, kept, **options)
+            alone = Boundary(*jax.tree.flatten(found), axes=(None,) * len(jax.tree.leaves(found)))
+            return alone, *jax.tree.map(lambda x: x[None], (faults, counts))
+
+        def one(_: Any) -> tuple[Walk, tuple[Faults, Counts]]:
+            found, faults, counts = self._walk(rng_key, values, kept, options, index(), (*self._axes, PARTICLES))
+            return found, (faults, counts)
+
+        walks, (faults, counts) = parted(over(Boundary.nothing(), one, size=size), size)
+        return walks, faults, counts
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        return (*([PROBLEMS] if self.side_by_side else []), *self.beside)
+
+    def _walk(self, rng_key: Array, values: Any, kept: Any, options: Any, number: Array, axes: tuple[str, ...]) -> Walked:
+        how = {"tempering": self.tempering, "axes": axes, **options}
+        drawn = Keyed(rng_key, number)
+        found, state = walk(self.staged, self.arrays, self.given, drawn, dict(values), dict(kept), **how)
+        return found, state.faults, state.counts
 
     def require_choices(self, algorithm: str) -> None:
         """`SiteError` where nothing is random."""

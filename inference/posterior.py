@@ -12,6 +12,7 @@ from scipy.special import logsumexp
 from latentrace.ppl import Text
 from latentrace.ppl.errors import SiteNameError, near_misses
 
+from .diagnostics import mean_ess
 from .genealogy import Genealogy
 from .text_tree import TextTree, tree_of
 
@@ -207,7 +208,7 @@ class Posterior:
 
         Particles that descend from one root of the run are dependent: their deviations are summed before squaring (Chan
         and Lai 2013; Lee and Whiteley 2018). Never less than for independent particles, and 0 under
-        exact inference. Draws of Markov chains count by their effective sample size (Vehtari et al. 2021), as NumPyro has it.
+        exact inference. Draws of Markov chains count by their effective sample size (Vehtari et al. 2021).
         """
         if self.exact:
             return 0.0
@@ -290,12 +291,10 @@ class Posterior:
 
 def _chain_error(values: np.ndarray) -> float:
     """Standard error of the mean of float[chains, draws]; infinite where the draws are too few to tell."""
-    from numpyro.diagnostics import effective_sample_size
-
     spread = float(values.std())
     if values.shape[1] < 4:
         return float("inf")
-    return spread / float(np.sqrt(effective_sample_size(values))) if spread > 0 else 0.0
+    return spread / float(np.sqrt(mean_ess(values))) if spread > 0 else 0.0
 
 
 def _columns(values: dict[str, Any]) -> dict[str, np.ndarray]:

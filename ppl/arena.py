@@ -45,7 +45,12 @@ class Row(NamedTuple):
     features: Array
     """float32[D]: the model's features at the pending token, where somebody has asked; D is 0 where no program asks"""
     ahead: Array
-    """int32[]: slot of the pending token, counted over all levels, where somebody has asked for its features; else -1"""
+    """int32[]: slot of the pending token, counted over all levels, where somebody has asked for its features; else -1, or -2
+    where they are known from the walk before, and nobody has asked again"""
+    parent: Array
+    """int32[]: handle of the context that it goes on from; -1 for a prompt"""
+    begins: Array
+    """int32[]: first free slot before it was made"""
 
 
 class Arena(NamedTuple):
@@ -68,7 +73,7 @@ def new_arena(lm: LanguageModel, handles: int, slots: int, features: int) -> Are
     scalar = jnp.zeros(handles, jnp.int32)
     read = jnp.zeros((handles, features), jnp.float32)
     slots_of, finished = jnp.zeros((handles, slots), bool), jnp.zeros(handles, bool)
-    table = Row((slots_of,), scalar - 1, scalar, scalar, scalar - 1, finished, read, scalar - 1)
+    table = Row((slots_of,), scalar - 1, scalar, scalar, scalar - 1, finished, read, scalar - 1, scalar - 1, scalar)
     return Arena((cache,), (tokens,), table, jnp.int32(0), jnp.int32(0))
 
 
@@ -132,15 +137,26 @@ def _last_entries(arena: Arena, row: Row, prompts: list[Prompt]) -> Any:
     return chosen
 
 
-def write_entries(arena: Arena, entries: Any, tokens: Array) -> Arena:
-    """Put T new tokens into the slots from `used` on. What is not claimed afterwards (`claim`) will be overwritten."""
+def write_entries(arena: Arena, entries: Any, tokens: Array, only: Array | None = None) -> Arena:
+    """Put T new tokens into the slots from `used` on. What is not claimed afterwards (`claim`) will be overwritten. `only`
+    says which of them to put there (bool[T]); other slots keep what they have, for a walk that comes back to it."""
+    if only is not None:
+        there = jax.lax.dynamic_slice_in_dim(arena.tokens[-1], arena.used, tokens.shape[0])
+        keep = lambda new, old: jnp.where(only[:, None], new.astype(old.dtype), old)
+        entries, tokens = jax.tree.map(keep, entries, entries_here(arena, entries)), jnp.where(only, tokens, there)
     put = lambda cache, e: jax.lax.dynamic_update_slice_in_dim(cache, e.astype(cache.dtype), arena.used, axis=-2)
     cache = spread(jax.tree.map(put, arena.caches[-1], entries))
     written = jax.lax.dynamic_update_slice_in_dim(arena.tokens[-1], tokens, arena.used, axis=0)
     return arena._replace(caches=(*arena.caches[:-1], cache), tokens=(*arena.tokens[:-1], written))
 
 
-def _written_after(arena: Arena, features: Array) -> Arena:
+def entries_here(arena: Arena, like: Any) -> Any:
+    """What lies in the first free slots already, as many as `like` has."""
+    at = lambda cache, e: jax.lax.dynamic_slice_in_dim(cache, arena.used, e.shape[-2], axis=-2)
+    return jax.tree.map(at, arena.caches[-1], like)
+
+
+def written_after(arena: Arena, features: Array) -> Arena:
     """The same arena, in whose first free slot the compiler sees a result of this pass.
 
     The write then comes after every read of the cache, and happens in place; without that order the compiler copies the
@@ -180,7 +196,7 @@ def append(
     """
     fed = jnp.concatenate([row.pending[None], tokens[:-1]])
     features, entries = lm.forward(fed, memory(arena, row, prompts))
-    arena = _written_after(arena, features)
+    arena = written_after(arena, features)
     arena = write_entries(arena, entries, fed)
     pending = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(count - 1, 0), keepdims=False)
     arena, row = claim(arena, row, count, pending)
@@ -188,12 +204,18 @@ def append(
 
 
 def read_pending(
-    lm: LanguageModel, arena: Arena, row: Row, prompts: list[Prompt], needed: Callable[[Array], Array]
+    lm: LanguageModel,
+    arena: Arena,
+    row: Row,
+    prompts: list[Prompt],
+    needed: Callable[[Array], Array],
+    only: Array | None = None,
 ) -> tuple[Array, Arena, Array]:
     """Feed a context's pending token to the model, unless its features are known already.
 
     Returns features [1, D], the arena with the token's entries in the first free slot, which is not claimed, and whether
-    there was a pass. There is one if this particle or another one, `needed(bool[])` says, has not had it.
+    there was a pass. There is one if this particle or another one, `needed(bool[])` says, has not had it. Where `only` is
+    false (bool[]) the slot keeps what it has.
     """
     fed = row.pending[None]
     forward = lambda: lm.forward(fed, memory(arena, row, prompts))
@@ -201,11 +223,12 @@ def read_pending(
         features, entries = forward()
         passed = jnp.asarray(True)
     else:
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(forward))
-        passed = needed(row.ahead < 0)
-        features, entries = jax.lax.cond(passed, forward, lambda: (row.features[None].astype(blank[0].dtype), blank[1]))
-    arena = _written_after(arena, features)
-    return features, write_entries(arena, entries, fed), passed
+        like = jax.eval_shape(forward)
+        passed = needed(row.ahead == -1)
+        known = lambda: (row.features[None].astype(like[0].dtype), entries_here(arena, like[1]))
+        features, entries = jax.lax.cond(passed, forward, known)
+    arena = written_after(arena, features)
+    return features, write_entries(arena, entries, fed, None if only is None else only[None]), passed
 
 
 def take(arena: Arena, row: Row, live: Array) -> tuple[Arena, Row]:
@@ -241,7 +264,7 @@ def start_row(lm: LanguageModel, arena: Arena) -> Row:
     empty = tuple(jnp.zeros(s.shape[1], bool) for s in arena.table.slots)
     nothing = jnp.zeros(arena.table.features.shape[-1:], jnp.float32)
     none = jnp.int32(-1)
-    return Row(empty, none, jnp.int32(0), jnp.int32(lm.start_id), none, jnp.asarray(False), nothing, none)
+    return Row(empty, none, jnp.int32(0), jnp.int32(lm.start_id), none, jnp.asarray(False), nothing, none, none, jnp.int32(0))
 
 
 def prefill(lm: LanguageModel, tokens: Array, count: Array) -> Prompt:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .collectives import PARTICLES, over_axis_from
+from .collectives import PARTICLES, over_axis_from, shapes_over_axis_from
 
 Array = jax.Array
 
@@ -47,11 +47,6 @@ class Boundary:
         wide = [repeat(x) if a == 0 and b is None else x for x, a, b in zip(self.leaves, axes, self.axes)]
         return replace(self, leaves=wide, axes=tuple(0 if 0 in (a, b) else None for a, b in zip(axes, self.axes)))
 
-    def steady(self, step: Callable[["Boundary"], "Boundary"], size: int) -> "Boundary":
-        """The same, where what a step makes different between particles is so from the first one on."""
-        wide = self.widened(jax.eval_shape(step, self).axes, size)
-        return self if wide.axes == self.axes else wide.steady(step, size)
-
 
 def over(boundary: Boundary, fn: Callable[..., Any], *more: Any, size: int, axis: str = PARTICLES) -> Boundary:
     """`fn` of what each particle carries, and of `more`: other boundaries, or arrays with a leading axis of particles."""
@@ -69,6 +64,37 @@ def over(boundary: Boundary, fn: Callable[..., Any], *more: Any, size: int, axis
     axes = tuple(a for part in parts for a in part.axes)
     leaves, axes = over_axis_from(one_particle, size, inputs, axes, axis)
     return Boundary(leaves, trees[0], axes)
+
+
+def settled(boundary: Boundary, fn: Callable[[Any], tuple[Any, Any]], *, size: int, axis: str) -> tuple[Boundary, Any]:
+    """A boundary that `fn`, which gives what is carried next and something else, leaves of one kind: what it makes different
+    between particles is so from the first time on. And zeros like the something else, with a leading axis of particles."""
+    trees: list[Any] = []
+
+    def one_particle(*leaves: Array) -> list[Array]:
+        after, found = fn(boundary.tree.unflatten(leaves))
+        trees[:] = [jax.tree.structure(found)]
+        return [*jax.tree.leaves(after), *jax.tree.leaves(found)]
+
+    while True:
+        shapes, axes = shapes_over_axis_from(one_particle, size, boundary.leaves, boundary.axes, axis)
+        count = len(boundary.leaves)
+        wide = boundary.widened(axes[:count], size)
+        if wide.axes == boundary.axes:
+            return boundary, trees[0].unflatten(jnp.zeros(x.shape, x.dtype) for x in shapes[count:])
+        boundary = wide
+
+
+def advance(boundary: Boundary, fn: Callable[[Any], tuple[Any, Any]], *, size: int, axis: str) -> tuple[Boundary, Any]:
+    """What `fn` leaves of a boundary that is `settled` for it, and the something else with a leading axis of particles."""
+
+    def one_particle(*leaves: Array) -> tuple[list[Array], Any]:
+        after, found = fn(boundary.tree.unflatten(leaves))
+        return jax.tree.leaves(after), found
+
+    mapped = jax.vmap(one_particle, in_axes=boundary.axes, out_axes=(list(boundary.axes), 0), axis_name=axis, axis_size=size)
+    leaves, found = mapped(*boundary.leaves)
+    return replace(boundary, leaves=leaves), found
 
 
 def parted(both: Boundary, size: int) -> tuple[Boundary, Any]:

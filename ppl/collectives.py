@@ -37,6 +37,15 @@ def over_axis_from(
 
     `axes` says the same of the inputs. What is shared, such as a prompt's cache, is never copied.
     """
+    _, found = shapes_over_axis_from(one_particle, size, leaves, axes, axis)
+    one = lambda _, *values: [jnp.asarray(x) for x in one_particle(*values)]
+    return _mapped(one, size, axis, in_axes=(0, *axes), out_axes=list(found))(jnp.zeros(size), *leaves), found
+
+
+def shapes_over_axis_from(
+    one_particle: Any, size: int, leaves: list[Array], axes: tuple[int | None, ...], axis: str = PARTICLES
+) -> tuple:
+    """The shapes and dtypes of the results, all with a leading axis of particles, and the axis of each; nothing is computed."""
     found: list[int | None] = []
 
     def watched(_: Array, *values: Array) -> list[Array]:
@@ -44,10 +53,8 @@ def over_axis_from(
         found[:] = [0 if differs(x, axis) else None for x in out]
         return out
 
-    inputs, axes_in = (jnp.zeros(size), *leaves), (0, *axes)
-    jax.eval_shape(_mapped(watched, size, axis, in_axes=axes_in), *inputs)
-    unwatched = lambda _, *values: [jnp.asarray(x) for x in one_particle(*values)]
-    return _mapped(unwatched, size, axis, in_axes=axes_in, out_axes=list(found))(*inputs), tuple(found)
+    shapes = jax.eval_shape(_mapped(watched, size, axis, in_axes=(0, *axes)), jnp.zeros(size), *leaves)
+    return shapes, tuple(found)
 
 
 def differs(x: Array, axis: str = PARTICLES) -> bool:

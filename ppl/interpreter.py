@@ -21,6 +21,7 @@ from .jaxpr import DropVar, Literal, all_eqns, bind, body_of, called_jaxpr, cons
 from .lineage import Cell, Frame, Policy, resample
 from .loops import walk_loop
 from .nested import Samples
+from .notes import Notes
 from .staging import Staged, need, random_sites, trace_eqns, walks_into
 from .state import Faults, State, Tempering, choose, no_counts, no_faults, pay, steer, together
 
@@ -54,6 +55,10 @@ class Interpreter:
         self.active: Cell = self.frame.put(True)
         self.drawn: frozenset[str] = frozenset()
         """texts among the given that were drawn: outside of their proposal's support they have density 0"""
+        self.notes: Notes | None = None
+        """what to record of how choices are made"""
+        self.prompts_before: dict[int, list[Prompt]] = {}
+        """of the walk before"""
         self.given = {k: self.frame.put(v) for k, v in (given or {}).items()}
         self.prompts: dict[int, list[Cell]] = {m: [] for m in range(len(models))}
         self.records: dict[str, tuple[Cell, Cell]] = {}
@@ -106,7 +111,7 @@ class Interpreter:
 
     @property
     def in_plate(self) -> bool:
-        return self.axes[-1] != PARTICLES
+        return bool(self.axes) and self.axes[-1].startswith("plate")
 
     def count_choice(self, active: Any) -> None:
         """Count a choice of the trace where it is active; in a plate the plate itself is counted."""
@@ -123,6 +128,12 @@ class Interpreter:
 
     def site(self, name: str) -> SiteRef:
         return SiteRef(name, self.path)
+
+    def recorded_before(self, name: str, otherwise: Any) -> Any:
+        """What the walk before recorded at this visit of a site, where there was one."""
+        if self.state.same is None or self.in_plate:
+            return otherwise
+        return self.state.choices.record_before(self.site(name))  # type: ignore[attr-defined]
 
     def record(self, name: str, value: Any, blank: Any = None) -> None:
         """Keep a site's value for the trace, or `blank` (zeros) where the site is inactive. In exclusive branches of one
@@ -296,11 +307,12 @@ class Interpreter:
                 counts=jax.tree.map(jnp.zeros_like, outer.counts),
                 asked=outer.clock,
                 chances=jnp.int32(0),
+                same=None if outer.same is None else jnp.asarray(False),  # its contexts are not kept
                 resamplings=None,
             )
             state = state._replace(choices=outer.choices.enter_element(i, jaxpr))
             body = Interpreter(self.staged, self.consts, self.models, state, given=given, policy=policy)
-            body.tempering = self.tempering
+            body.tempering, body.notes = self.tempering, self.notes
             body.axes, body.path, body.nested, body.drawn = (*self.axes, axis), (*self.path, i), True, self.drawn
             body.active, body.is_density = body.frame.put(active), self.is_density
             body.steered = policy is not None or (self.steered and is_part)
@@ -342,13 +354,13 @@ def merge_faults(faults: Faults, outer: State, are_rollouts: bool) -> Faults:
     return jax.tree.map(lambda new, old: jnp.where(alive, new, old), found, before)
 
 
-def first_state(staged: Staged, models: list[Any], choices: Any) -> State:
-    """The state before the first site."""
+def first_state(staged: Staged, models: list[Any], choices: Any, root: Array | None = None) -> State:
+    """The state before the first site; `root` is the particle's number, by default that on the axis of particles."""
     wants = need(staged.jaxpr)
     read = {e.params["model"]: e.params["size"] for e in all_eqns(staged.jaxpr) if e.primitive is sites.features_p}
     arenas = tuple(new_arena(lm, wants.handles.get(m, 0), wants.slots.get(m, 0), read.get(m, 0)) for m, lm in enumerate(models))
     twists = {name: jnp.zeros(plates, jnp.float32) for name, plates in staged.twists.items()}
-    zero = jnp.int32(0)
+    zero, root = jnp.int32(0), index() if root is None else root
     return State(
-        choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, index(), jnp.float32(0), zero
+        choices, jnp.float32(0), twists, arenas, no_faults(), no_counts(), zero, zero, zero, root, jnp.float32(0), zero
     )

@@ -9,12 +9,13 @@ import numpy as np
 from numpyro.distributions import ExpandedDistribution, MaskedDistribution
 
 from . import sites
-from .arena import add_row, append, keep_features, last_tokens, prefill, read_pending, read_row, start_row
+from .again import is_same, new_context, read_given, read_prompt
+from .arena import keep_features, last_tokens, read_pending, read_row, start_row
 from .choices import Spec
 from .collectives import anybody
 from .decode import decode, replay
 from .errors import SiteError
-from .language_model import token_log_probs
+from .notes import note_value
 from .state import note_overflow, with_arena
 from .text import PAD
 from .unconstrained import Point, PointOf, constrained, point_at
@@ -88,6 +89,8 @@ def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: b
             raise SiteError(
                 f"site {name!r}: {type(dist).__name__} cannot be simulated ({error}); give it a proper prior, or a value"
             ) from error
+        if run.notes is not None:
+            note_value(run, name, log_prob(dist, value), run.state.made)
         run.state = run.state._replace(choices=choices)
         run.count_choice(run.is_active())
         log_weight = (scale - 1) * log_prob(dist, value) if scaled else None
@@ -127,24 +130,22 @@ def bound(run: "Interpreter", **_: Any) -> list[Any]:
 
 def prompt(run: "Interpreter", tokens: Array, *, model: int, name: str) -> list[Any]:
     lm, arena = run.models[model], run.state.arenas[model]
-    row, count = start_row(lm, arena), (tokens != PAD).sum().astype(jnp.int32)
+    row, count, begins = start_row(lm, arena), (tokens != PAD).sum().astype(jnp.int32), arena.used
     clean = jnp.where(tokens == PAD, lm.eos_id, tokens)
     known = jnp.maximum(count - 1, 0)  # the last token is pending
     if run.nested:
         row = row._replace(pending=jnp.where(count > 0, clean[0], lm.start_id).astype(jnp.int32))
-        _, arena, row = append(lm, arena, row, [], jnp.roll(clean, -1), known)
+        _, _, arena, row, same = read_given(run, model, row, row.parent, jnp.roll(clean, -1), known, None)
     else:
-        block = prefill(lm, clean, count)
+        block, known_block = read_prompt(run, model, clean, count)
         row = row._replace(
             prompt=jnp.int32(len(run.prompts[model])),
             position=block.cached,
             pending=jnp.where(count > 0, clean[known], lm.start_id).astype(jnp.int32),
         )
         run.prompts[model].append(run.frame.put(block))
-    arena, handle = add_row(arena, row)
-    run.state = with_arena(run.state, model, arena)
-    run.count(model_calls=1)
-    return [handle]
+        same = None if run.state.same is None else known_block & is_same(run.state, arena, row, row.parent, begins)
+    return [new_context(run, model, arena, row, row.parent, begins, same)]
 
 
 def extend(run: "Interpreter", handle: Array, tokens: Array, *, model: int, name: str) -> list[Any]:
@@ -159,26 +160,26 @@ def score(run: "Interpreter", handle: Array, tokens: Array, *, model: int, name:
 def _append_given(run: "Interpreter", handle: Array, tokens: Array, model: int, scored: str | None) -> Array:
     """Append given text to a context; a scored one pays its log probability."""
     lm, arena, active = run.models[model], run.state.arenas[model], run.is_active()
-    row, given = read_row(arena, handle), (tokens != PAD).sum().astype(jnp.int32)
+    row, given, begins = read_row(arena, handle), (tokens != PAD).sum().astype(jnp.int32), arena.used
     count = jnp.where(active, given, 0)
     clean = jnp.where(tokens == PAD, lm.eos_id, tokens)
-    features, arena, after = append(lm, arena, row, run.read_prompts(model), clean, count)
+    before = None if scored is None else run.recorded_before(scored, jnp.zeros(tokens.shape, jnp.float32))
+    _, log_probs, arena, after, same = read_given(run, model, row, handle, clean, count, before)
     here = jnp.arange(tokens.shape[0]) < given
     ends = (clean == lm.eos_id) & here
     over = (count > 0) & (after.position + 1 > lm.max_length)
     run.state = note_overflow(run.state, run.staged.sites[scored or "extend()"].number, over)
     # observed text may end the context; given text goes on after one that had ended
     finished = jnp.where(given > 0, clean[jnp.maximum(given - 1, 0)] == lm.eos_id if scored else False, row.finished)
-    arena, new_handle = add_row(arena, after._replace(finished=finished))
-    run.state = with_arena(run.state, model, arena)
-    run.count(model_calls=1)
+    new_handle = new_context(run, model, arena, after._replace(finished=finished), handle, begins, same)
     if scored is not None:
         run.count(scored=count)
-        log_probs = token_log_probs(lm, features, clean)
         impossible = (row.finished & (given > 0)) | (ends & (jnp.arange(tokens.shape[0]) < given - 1)).any()
         total = jnp.where(impossible, -jnp.inf, jnp.where(here, log_probs, 0.0).sum())
         cell = run.frame.put(new_handle)
         run.add_evidence(scored, total)
+        if run.notes is not None:
+            run.record(scored, log_probs)
         return run.frame.get(cell)
     return new_handle
 
@@ -191,7 +192,8 @@ def tokens(run: "Interpreter", handle: Array, *, last: int, model: int, name: st
 def features(run: "Interpreter", handle: Array, *, model: int, **_: Any) -> list[Any]:
     lm, arena, active = run.models[model], run.state.arenas[model], jnp.asarray(run.is_active())
     row, needed = read_row(arena, handle), lambda unread: anybody(active & unread, run.axes)
-    found, arena, passed = read_pending(lm, arena, row, run.read_prompts(model), needed)
+    only = None if run.state.same is None else active & (row.ahead < 0)
+    found, arena, passed = read_pending(lm, arena, row, run.read_prompts(model), needed, only)
     run.state = with_arena(run.state, model, keep_features(arena, handle, row, found, active))
     run.count(model_calls=passed)
     return [found[0].astype(jnp.float32)]

@@ -70,6 +70,9 @@ class State(NamedTuple):
     made: Array
     """int32[]: how many active random choices this particle's trace has so far: values, tokens, and plates, whose elements
     choose side by side"""
+    same: Array | None = None
+    """bool[]: whether all that contexts have read so far is what the walk before read, so that the caches hold it; None where
+    there was no walk before"""
     resamplings: Resamplings | None = None
     """None where nobody asks for them"""
 

@@ -109,7 +109,8 @@ class Mixture(Composition):
     """One of several kernels in each step, drawn anew whatever the trace: all chains run the same one.
 
     If every part is reversible, so is the mixture. Only the drawn part is run, at the cost of its own step, and of putting its
-    state at the trace where another one ran before it.
+    state at the trace where another one ran before it. Replicas of one chain draw each their own (`mcmc.ReplicaExchange`), for
+    which all parts are run.
 
     `Info.accepted` is that of the part that ran. `Info.stats` has `which`, int32[], its number, and for each part what it says
     of its own step, as `Cycle` has it; where a part did not run its `accepted` is NaN and the rest is 0.
@@ -156,7 +157,7 @@ class Mixture(Composition):
             states = (*state.states[:number], after, *state.states[number + 1 :])
             return Mixed(after.draw, states, jnp.int32(number)), info._replace(stats=own_stats(info))
 
-        ones = [partial(one, number) for number in range(len(self.kernels))]
+        ones = [jax.jit(partial(one, number)) for number in range(len(self.kernels))]  # traced once
         silent = [jax.tree_util.tree_map_with_path(_silent, jax.eval_shape(one, state)[1].stats) for one in ones]
 
         def among(number: int, state: Mixed) -> tuple[Mixed, Info]:
@@ -182,9 +183,9 @@ class Repeat(Composition):
 
     Raises `SiteError` for what is no `Kernel`, and for no times.
 
-    >>> from latentrace.inference.mcmc import Regenerate, Repeat
-    >>> Repeat(Regenerate(), 5)
-    Repeat(kernel=Regenerate(power=1.0), times=5)
+    >>> from latentrace.inference.mcmc import Metropolis, RandomWalk, Repeat
+    >>> Repeat(Metropolis(RandomWalk(x=0.5)), 5)
+    Repeat(kernel=Metropolis(proposal=RandomWalk(x=0.5)), times=5)
     """
 
     kernel: Kernel

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from latentrace.ppl.boundary import Boundary, over, parted
+from latentrace.ppl.boundary import Boundary, advance, over, settled
 from latentrace.ppl.collectives import PROBLEMS, index
 from latentrace.ppl.errors import AllParticlesDeadError, SiteError, SiteNameError, near_misses
 from latentrace.ppl.run import arrays_of, check_faults, compiled, given_arrays, label_values
@@ -149,15 +149,9 @@ class Chains:
             arrays, given, read = inputs
             return Target(skeleton, arrays, given, how.num_warmup, side_by_side=True, lent=dict(zip(lent, read)))
 
-        step = jax.jit(lambda inputs, *rest: one_step(how, at(inputs), *rest))  # traced once for all parts
-
         def part(fn: Callable[..., Any], **static: Any) -> Any:
             key = (self.staged.key(), replace(how, num_samples=1, thinning=1), tuple(sorted(self.given)), fn, *static.items())
-
-            def run(inputs: Any, *rest: Any) -> Any:
-                return fn(how, at(inputs), partial(step, inputs), *rest, **static)
-
-            return partial(compiled(key, lambda: run), inputs)
+            return partial(compiled(key, lambda: lambda inputs, *rest: fn(how, at(inputs), *rest, **static)), inputs)
 
         self.part = part
         read = {**self.given, "lent": list(lent.values())}
@@ -175,7 +169,7 @@ class Chains:
         if checkpoint and Path(checkpoint.path).exists():
             return load(checkpoint.path, self.mark, self._shapes(), self.rng_key)
         draws, infos = self._first_traces(start or {})
-        saved = Saved(self.mark, self.part(first_states)(self.rng_key, draws))
+        saved = Saved(self.mark, *self.part(first_states)(self.rng_key, draws))
         for info in infos:
             saved.pay(info)
         return saved
@@ -208,18 +202,16 @@ class Chains:
             ) from None
         raise AssertionError("a trace of weight 0 has died at some site")
 
-    def _shapes(self) -> tuple[Any, Any]:
-        """The states, and one kept draw of all chains, without their numbers."""
+    def _shapes(self) -> tuple[Any, Any, Any]:
+        """The states, what a step says, and one draw of all chains, without their numbers."""
         draws, _ = jax.eval_shape(self.part(first_draws), self.rng_key, {})
-        boundary = jax.eval_shape(self.part(first_states), self.rng_key, draws)
-        return boundary, self._shape_of_draw(boundary)
-
-    def _shape_of_draw(self, boundary: Any) -> Any:
-        return jax.eval_shape(self.part(one_draw), boundary, self.rng_key, jnp.int32(0), jnp.int32(1))[1]
+        boundary, blank = jax.eval_shape(self.part(first_states), self.rng_key, draws)
+        return boundary, blank, jax.eval_shape(partial(draws_of, self.how), boundary)
 
     def go_on(self, saved: Saved, end: int, checkpoint: Checkpoint | None, bar: Any) -> None:
         """Run up to step `end`, and keep in `saved` what has been done; the host looks at the chains now and then."""
-        bytes_of_draw = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shape_of_draw(saved.boundary)))
+        one = jax.eval_shape(partial(draws_of, self.how), saved.boundary)
+        bytes_of_draw = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one, saved.blank)))
         long = max(self.how.num_samples, self.how.num_warmup, 32)
         # a power of two, so that runs of other lengths share what is compiled
         most = max(1, min(MOST_BYTES // bytes_of_draw, 1 << (long - 1).bit_length(), 1024))
@@ -229,7 +221,7 @@ class Chains:
             thinning = 1 if to_warm > 0 else self.how.thinning
             count = min(count, most, to_warm if to_warm > 0 else -(-(end - saved.done) // thinning))
             numbers = map(jnp.int32, (saved.done, count, thinning))
-            boundary, kept = stretch(saved.boundary, self.rng_key, *numbers)
+            boundary, kept = stretch(saved.boundary, saved.blank, self.rng_key, *numbers)
             kept = jax.tree.map(lambda x, count=count: np.array(x[:count]), jax.device_get(kept))
             check(self.staged, kept.info)
             saved.boundary, saved.done = boundary, saved.done + count * thinning
@@ -289,41 +281,37 @@ def at_step(how: MCMC, target: Target, rng_key: Array, iteration: Array) -> Targ
     return target._replace(iteration=iteration, shared_key=shared)
 
 
-Step = Callable[[Boundary, Array, Array], tuple[Boundary, Info]]
-"""`one_step` of the chains, its key and its iteration"""
-
-
-def first_draws(how: MCMC, target: Target, _: Step, rng_key: Array, values: dict[str, Array]) -> tuple[Draw, Info]:
+def first_draws(how: MCMC, target: Target, rng_key: Array, values: dict[str, Array]) -> tuple[Draw, Info]:
     """A forward run of each chain."""
     now = at_step(how, target, rng_key, jnp.int32(0))
     run = lambda: how.kernel.start(now, _own(rng_key, jnp.int32(-1)), values)
     return over(Boundary.nothing(), lambda _: run(), size=how.num_chains, axis=PROBLEMS).whole(how.num_chains)  # type: ignore[no-any-return]
 
 
-def first_states(how: MCMC, target: Target, step: Step, rng_key: Array, draws: Draw) -> Boundary:
-    """The chains at these traces; what a step makes different between chains is so from the first one on."""
+def first_states(how: MCMC, target: Target, rng_key: Array, draws: Draw) -> tuple[Boundary, Info]:
+    """The chains at these traces, and zeros like what a step says."""
     now = at_step(how, target, rng_key, jnp.int32(0))
     init = lambda draw: how.kernel.init(now, _own(rng_key, jnp.int32(-2)), draw)
     boundary = over(Boundary.of(draws), init, size=how.num_chains, axis=PROBLEMS)
-    return boundary.steady(lambda boundary: step(boundary, rng_key, jnp.int32(0))[0], how.num_chains)
+    step = lambda state: how.kernel.step(now, _own(rng_key, jnp.int32(0)), state)
+    return settled(boundary, step, size=how.num_chains, axis=PROBLEMS)
 
 
-def one_step(how: MCMC, target: Target, boundary: Boundary, rng_key: Array, iteration: Array) -> tuple[Boundary, Info]:
-    """One step of each chain."""
-    now = at_step(how, target, rng_key, iteration)
-    step = lambda state: how.kernel.step(now, _own(rng_key, iteration), state)
-    after, info = parted(over(boundary, step, size=how.num_chains, axis=PROBLEMS), how.num_chains)
-    return after.widened(boundary.axes, how.num_chains), info  # a step may make shared what was not
+def draws_of(how: MCMC, boundary: Boundary) -> Draw:
+    """The traces at which chains are."""
+    return over(boundary, lambda state: state.draw, size=how.num_chains, axis=PROBLEMS).whole(how.num_chains)  # type: ignore[no-any-return]
 
 
 def one_draw(
-    how: MCMC, target: Target, step: Step, boundary: Boundary, rng_key: Array, first: Array, thinning: Array
+    how: MCMC, target: Target, boundary: Boundary, blank: Info, rng_key: Array, first: Array, thinning: Array
 ) -> tuple[Boundary, Kept]:
     """So many steps, and the draw after them."""
 
-    def another(i: Array, loop: tuple[Boundary, Info]) -> tuple[Boundary, Info]:
-        boundary, info = step(loop[0], rng_key, first + i)
-        so_far = loop[1]
+    def step(i: Array, loop: tuple[Boundary, Info]) -> tuple[Boundary, Info]:
+        boundary, so_far = loop
+        now = at_step(how, target, rng_key, first + i)
+        one_step = lambda state: how.kernel.step(now, _own(rng_key, first + i), state)
+        boundary, info = advance(boundary, one_step, size=how.num_chains, axis=PROBLEMS)
         return boundary, Info(
             so_far.accepted + info.accepted / thinning,
             jax.tree.map(jnp.maximum, so_far.faults, info.faults),
@@ -331,19 +319,16 @@ def one_draw(
             info.stats,
         )
 
-    shapes = jax.eval_shape(step, boundary, rng_key, first)[1]
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    nothing = nothing._replace(faults=jax.tree.map(lambda x: x if x.dtype == bool else x - 1, nothing.faults))
-    boundary, info = jax.lax.fori_loop(0, thinning, another, (boundary, nothing))
-    draw = over(boundary, lambda state: state.draw, size=how.num_chains, axis=PROBLEMS).whole(how.num_chains)
-    return boundary, Kept(draw, info)
+    nothing = blank._replace(faults=jax.tree.map(lambda x: x if x.dtype == bool else x - 1, blank.faults))
+    boundary, info = jax.lax.fori_loop(0, thinning, step, (boundary, nothing))
+    return boundary, Kept(draws_of(how, boundary), info)
 
 
 def many_draws(
     how: MCMC,
     target: Target,
-    step: Step,
     boundary: Boundary,
+    blank: Info,
     rng_key: Array,
     first: Array,
     count: Array,
@@ -354,10 +339,10 @@ def many_draws(
     """`count` draws, the first ones of `most` places, which follow each other by `thinning` steps."""
 
     def draw(k: Array, loop: tuple[Boundary, Kept]) -> tuple[Boundary, Kept]:
-        boundary, kept = one_draw(how, target, step, loop[0], rng_key, first + k * thinning, thinning)
+        boundary, kept = one_draw(how, target, loop[0], blank, rng_key, first + k * thinning, thinning)
         put = lambda place, x: jax.lax.dynamic_update_index_in_dim(place, x, k, 0)
         return boundary, jax.tree.map(put, loop[1], kept)
 
-    one = jax.eval_shape(lambda b: one_draw(how, target, step, b, rng_key, first, thinning)[1], boundary)
+    one = Kept(draws_of(how, boundary), blank)
     places = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), one)
     return jax.lax.fori_loop(0, count, draw, (boundary, places))  # type: ignore[no-any-return]

@@ -9,6 +9,9 @@ import numpy as np
 
 from ..chains import Info
 
+ENOUGH = 20
+"""steps after which a chain should have moved"""
+
 
 @dataclass(frozen=True)
 class Moves:
@@ -31,27 +34,29 @@ class Moves:
         return Moves(chains_first(info.accepted), chains_first(tokens), jax.tree.map(chains_first, info.stats), thinning)
 
     def stuck(self) -> Iterator[str]:
-        """What to warn of: chains that never moved."""
+        """What to warn of: chains that never moved, after enough steps to tell."""
         chains, draws = self.accepted.shape
-        for chain in np.flatnonzero((self.accepted == 0).all(axis=1)):
+        never, steps = np.flatnonzero((self.accepted == 0).all(axis=1)), draws * self.thinning
+        if never.size and steps >= ENOUGH:
+            which = ", ".join(map(str, never[:5])) + (", ..." if never.size > 5 else "")
             yield (
-                f"chain {chain} of {chains} never moved: none of its proposals in {draws * self.thinning} steps was accepted, "
-                f"for {self.tokens[chain].sum()} tokens{self._reason(int(chain))}. Its draws are one trace; take another "
-                "kernel, smaller moves, or a tempered target"
+                f"{never.size} of {chains} chains never moved ({which}): none of their proposals in {steps} steps was "
+                f"accepted, for {self.tokens[never].sum()} tokens{self._reason(never)}. Their draws are one trace each; take "
+                "another kernel, smaller moves, or a tempered target"
             )
 
-    def _reason(self, chain: int) -> str:
-        """Why a chain that proposes by a program cannot have moved."""
+    def _reason(self, chains: np.ndarray) -> str:
+        """Why chains that propose by a program cannot have moved."""
 
         def returns(stats: dict[str, Any]) -> Iterator[np.ndarray]:
             for name, value in stats.items():
                 if isinstance(value, dict):
                     yield from returns(value)
                 elif name == "returns":
-                    yield value[chain]
+                    yield value[chains]
 
         if any(not back.any() for back in returns(self.stats)):
-            return "; its proposal program could never have drawn the way back (`stats['returns']` is False throughout)"
+            return "; their proposal program could never have drawn the way back (`stats['returns']` is False throughout)"
         return ""
 
     def __repr__(self) -> str:

@@ -5,38 +5,41 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from latentrace.ppl.choices import WHOLE
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.run import Prefixes, RegeneratingSource, Settings
-from latentrace.ppl.staging import check_repeatable
+from latentrace.ppl.walk import Walk
 
-from ..chains import Draw, Info, Kernel, Target, Traces, info_of, traces_of
+from ..chains import Info, Target, Traces, info_of, traces_of
+from .cuts import Cuts, rule
 from .metropolis import accepts, choose
+from .redraw import Place, Places, Redraw
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Regenerate(Kernel):
+class Regenerate(Redraw):
     """A kernel that keeps a trace up to one of its random choices, and redraws that choice and all that follow.
 
-    One of the n(x) choices of trace x is taken uniformly: a `sample` site, a token of a text, or a whole plate counts as one,
-    and what stands in an untaken branch or past the end of a loop or text does not count. From it on the program draws from
-    its own proposals (masks, constraints and `proposal=` included). With q the density of such a forward run and W the
-    target over q, the result x' is accepted with probability
+    With q the program's proposals (masks, constraints and `proposal=` included), W the target over q and h(c | x) the chance of
+    cutting trace x at choice c, the result x' is accepted with probability
 
-        min(1, (W(x') / W(x))^power * n(x) / n(x')),
+        min(1, (W(x') / W(x))^power * h(c | x') / h(c | x)),
 
     by which q W^power is invariant: the densities of both redrawn parts cancel against q (single-site Metropolis-Hastings of
     Wingate, Stuhlmueller and Goodman 2011, with everything after the site redrawn; for language models, Karan and Du 2025).
-    Power 1 is the posterior. A program whose only weight is `ppl.factor("power", (alpha - 1) * text.log_probs.sum())` has the
-    targets p^(1 + power (alpha - 1)).
+    Traces are compared on the program's fixed horizon: after their end they hold nothing, and h counts what they hold, so
+    texts may become longer and shorter. For p^alpha draw with `proposal=ppl.proposals.temperature(1 / alpha)` and take
+    `target=mcmc.Tempered(sharpness=alpha)`.
 
-    A move costs one forward run of the program, wherever the cut: repeated texts are decoded again token by token, and count
-    as generated. It draws nothing but what the program draws, so it serves every program; where a trace is long and its end
-    rewarded sharply, most moves are refused.
+    A move costs the tokens that it draws: the cache of what is kept serves again. Chains that run side by side share their
+    cuts, so that they stay in step.
 
     Args:
+        cuts: "uniform" over all choices; "sites", the first choice of each site; "entropy", in proportion to the jumps of the
+            model's entropy (`EntropyCuts`; Entropy-Cut Metropolis-Hastings); `StepCuts((newline,))`; or your own `Cuts`.
+        tries: suffixes drawn from each cut, side by side, of which one is proposed (see `Redraw`). With cuts="entropy" these
+            are tries where the text was decided, as in entropy-guided power sampling (EGPS).
         power: of the invariant distribution of a chain; populations such as that of `inference.TemperedSMC` set their own.
 
     Raises `SiteError` for a program without a random choice.
@@ -52,34 +55,33 @@ class Regenerate(Kernel):
     np.True_
     """
 
+    cuts: str | Cuts = "uniform"
+    tries: int = 1
     power: float = 1.0
 
     def __post_init__(self) -> None:
+        rule(self.cuts, "Regenerate")
+        if self.tries < 1:
+            raise SiteError(f"Regenerate: tries must be at least 1, not {self.tries}")
         if not self.power > 0:
             raise SiteError(f"Regenerate: power must be positive, not {self.power}; power 0 is a plain forward run")
 
-    def check(self, target: Target) -> None:
-        target.require_choices("Regenerate")
-        check_repeatable(target.staged, target.given)
+    @property
+    def rule(self) -> Cuts:
+        return rule(self.cuts, "Regenerate")
 
-    def init(self, target: Target, rng_key: Array, draw: Draw) -> Traces:
-        """The trace again, for its weight."""
-        prefixes = Prefixes(jax.tree.map(lambda x: x[None], target.choices(draw)), jnp.full(1, WHOLE))
-        output = target.population(rng_key, Settings(1, RegeneratingSource()), trace=prefixes)
-        return jax.tree.map(lambda x: x[0], traces_of(output))
+    def kept(self, target: Target, walk: Walk, place: Place) -> dict[str, Array]:
+        inside = walk.inside(target.random)
+        return {name: inside[name] & (walk.notes[name].number < place.number) for name in target.random}
 
-    def at(self, target: Target, state: Traces, draw: Draw) -> Traces:
-        return self.init(target, jax.random.key(0), draw)
-
-    def step(self, target: Target, rng_key: Array, state: Traces) -> tuple[Traces, Info]:
-        """The trace after one move."""
-        population = jax.tree.map(lambda x: x[None], state)
-        moved, info = self.move(target, rng_key, population, jnp.float32(self.power))
-        return jax.tree.map(lambda x: x[0], moved), info
+    def alike(self, places: Places, place: Place) -> Array:
+        return places.numbers == place.number
 
     def move(self, target: Target, rng_key: Array, traces: Traces, power: Array) -> tuple[Traces, Info]:
         """The traces after one move of each; of what was proposed, `Info.accepted` is the part that was accepted."""
         target.require_choices("Regenerate")
+        if self.cuts != "uniform" or self.tries != 1:
+            raise SiteError(f"a population moves by uniform cuts and one try, not by {self!r}")
         cut_key, run_key, accept_key = jax.random.split(rng_key, 3)
         cuts = random_cuts(cut_key, traces.made)
         prefixes = Prefixes(target.choices(traces.draw), cuts)

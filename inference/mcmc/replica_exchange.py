@@ -1,13 +1,14 @@
 """Replica exchange: a chain of the target beside chains of flatter ones, which hand their traces on to it."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from latentrace.ppl.boundary import Boundary, over, parted
+from latentrace.ppl.boundary import Boundary, advance, over, settled
 from latentrace.ppl.collectives import index
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.state import Counts, Tempering
@@ -154,9 +155,11 @@ class ReplicaExchange(Composition):
             return self.kernel.init(*part(here._replace(tempering=tempering), rng_key, index(axis)), draw)
 
         states = over(Boundary.of(self.targets(target, places)), init, size=count, axis=axis)
-        state = Replicas(
-            draws=jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), draw),
-            states=states,
+        draws = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), draw)
+        move = self._mover(target, rng_key, draws, places)
+        return Replicas(
+            draws=draws,
+            states=settled(states, move, size=count, axis=axis)[0],
             places=places,
             refused=jnp.zeros(count - 1),
             tried=jnp.zeros(count - 1),
@@ -165,8 +168,6 @@ class ReplicaExchange(Composition):
             fresh=jnp.zeros(count, bool),
             round_trips=jnp.int32(0),
         )
-        step = lambda states: self.step(target, rng_key, state._replace(states=states))[0].states
-        return state._replace(states=states.steady(step, count))
 
     def at(self, target: Target, state: Replicas, draw: Draw) -> Replicas:
         """The chain's own target at another trace; the others stay where they are."""
@@ -174,20 +175,13 @@ class ReplicaExchange(Composition):
 
     def step(self, target: Target, rng_key: Array, state: Replicas) -> tuple[Replicas, Info]:
         here, axis = self._beside(target)
-        temperings = self.targets(target, state.places)
-
-        def move(state: Any, draw: Draw, tempering: Tempering) -> tuple[Any, Info]:
-            mine, key = part(here._replace(tempering=tempering), rng_key, index(axis))
-            return self.kernel.step(mine, key, self.kernel.at(mine, state, draw))
-
-        def densities(state: Any) -> tuple[Array, Info]:
-            return log_densities(here, state.draw, temperings)
-
-        states, infos = parted(over(state.states, move, state.draws, temperings, size=self.size, axis=axis), self.size)
-        log_density, scored = over(states, densities, size=self.size, axis=axis).whole(self.size)
+        move, temperings = self._mover(target, rng_key, state.draws, state.places), self.targets(target, state.places)
+        states, infos = advance(state.states, move, size=self.size, axis=axis)
+        draws = over(states, lambda state: state.draw, size=self.size, axis=axis).whole(self.size)
+        densities = jax.vmap(lambda draw: log_densities(here, draw, temperings), axis_name=axis)
+        log_density, scored = densities(draws)
         _, swap_key = part(target, rng_key, self.size)
         source, tried, swapped, chance = exchange(swap_key, log_density, state.steps % 2)
-        draws = over(states, lambda state: state.draw, size=self.size, axis=axis).whole(self.size)
         fresh = state.fresh[source].at[0].set(True)
         after = Replicas(
             draws=jax.tree.map(lambda x: x[source], draws),
@@ -213,6 +207,18 @@ class ReplicaExchange(Composition):
         info = added(side_by_side(scored), side_by_side(infos))
         info = info._replace(accepted=jnp.where(tried[-1], (own + swapped[-1]) / 2, own), stats=stats)
         return self._adapted(target, after), info
+
+    def _mover(self, target: Target, rng_key: Array, draws: Draw, places: Array) -> Callable[[Any], tuple[Any, Info]]:
+        """From the state of a replica to that after a step of the kernel from its trace, at its own target."""
+        here, axis = self._beside(target)
+        temperings = self.targets(target, places)
+
+        def move(state: Any) -> tuple[Any, Info]:
+            draw, tempering = jax.tree.map(lambda x: x[index(axis)], (draws, temperings))
+            mine, key = part(here._replace(tempering=tempering), rng_key, index(axis))
+            return self.kernel.step(mine, key, self.kernel.at(mine, state, draw))
+
+        return move
 
     def _beside(self, target: Target) -> tuple[Target, str]:
         """The target with an axis more for the replicas, and its name."""
@@ -250,8 +256,7 @@ def log_densities(target: Target, draw: Draw, temperings: Tempering) -> tuple[Ar
     which come after it, so that `vmap` over them repeats nothing but sums."""
 
     def one(tempering: Tempering) -> tuple[Array, Info]:
-        target_ = target._replace(tempering=tempering)
-        _, log_density, info = target_.evaluate(target_.choices(draw))
+        _, log_density, info = target._replace(tempering=tempering).evaluate(target.choices(draw))
         return log_density, info
 
     log_density, infos = jax.vmap(one)(temperings)

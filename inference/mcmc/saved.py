@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from latentrace.ppl.boundary import Boundary
@@ -34,6 +35,8 @@ class Saved:
     """what they belong to"""
     boundary: Boundary
     """the states"""
+    blank: Info
+    """zeros like what a step says, chains side by side"""
     done: int = 0
     """steps of each chain"""
     kept: list[Kept] = field(default_factory=list)
@@ -67,16 +70,17 @@ def save(saved: Saved, path: str | Path) -> None:
     write(path, arrays, {**saved.mark, **spent, "steps": str(saved.done), "draws": str(count)})
 
 
-def load(path: str | Path, mark: dict[str, str], shapes: tuple[Boundary, Kept], rng_key: Array) -> Saved:
-    """Read them. `shapes` are the states and one draw of all chains, without their numbers."""
+def load(path: str | Path, mark: dict[str, str], shapes: tuple[Boundary, Info, Draw], rng_key: Array) -> Saved:
+    """Read them. `shapes` are the states, what a step says, and one draw of all chains, without their numbers."""
     arrays, about = read(path, mark)
-    boundary, one = shapes
+    boundary, blank, draw = shapes
     count, kept = int(about["draws"]), []
     if count:
-        widened = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
+        widened = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), Kept(draw, blank))
         kept = [jax.device_get(like(widened, arrays, "kept", rng_key))]
     spent = {name.removeprefix("spent "): int(value) for name, value in about.items() if name.startswith("spent ")}
-    return Saved(mark, like(boundary, arrays, "state", rng_key), int(about["steps"]), kept, spent)
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
+    return Saved(mark, like(boundary, arrays, "state", rng_key), blank, int(about["steps"]), kept, spent)
 
 
 def check_mark(mark: Mapping[str, str], found: Mapping[str, str]) -> None:

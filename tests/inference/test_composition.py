@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -121,6 +122,7 @@ def target_of(fn):
     return Target(staged.skeleton(), arrays_of(staged), {})
 
 
+@cache
 def transition(kernel):
     """The kernel's matrix over the traces of positive density, and their probabilities."""
     exact = inference.Exact().run(jax.random.key(0), program)
@@ -150,7 +152,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ["mixture", "nested", *[pytest.param(n, marks=pytest.mark.slow) for n in ("cycle", "repeat")]])
 def test_the_posterior_is_invariant(enumerated, name):
     matrix, posterior = transition(KERNELS[name])
     np.testing.assert_allclose(matrix.sum(1), 1.0, atol=1e-5)
@@ -254,6 +256,12 @@ def test_sites_and_populations():
     assert kernel.num_particles == 8
     with pytest.raises(errors.SiteNameError, match="no random site 'y'"):
         stats_of(kernel)
+
+
+def test_estimates_of_the_evidence_cannot_be_moved_by_others():
+    marginal = mcmc.MarginalMetropolis(inference.SMC(4), mcmc.RandomWalk(x=0.5))
+    with pytest.raises(errors.SiteError, match=r"PMMH keeps an estimate .* run it alone"):
+        stats_of(mcmc.Cycle(marginal, WALK))
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,10 @@ def test_shapes_and_the_order_of_chains(plain):
 
 
 def test_the_ledger_pays_for_warmup_and_first_traces_too(plain):
-    assert plain.ledger.tokens_generated > plain.moves.tokens.sum()
-    least = plain.values["text"].length.sum() + 8 * 3  # each step writes a text or repeats one, of at least one token
-    assert plain.ledger.tokens_generated >= least
-    assert plain.ledger.model_calls > 2 * 32
+    # whatever the cut, a step draws one token at least, and so does a first trace
+    assert plain.ledger.tokens_generated >= plain.moves.tokens.sum() + 3 * 8 + 3
+    assert plain.ledger.tokens_scored == 0
+    assert plain.ledger.model_calls > 8 + 24
     assert plain.ledger.potential_calls >= 2 * 3 * 32
 
 
@@ -108,13 +108,12 @@ def test_thinning_keeps_every_so_many_draws_of_the_same_chains(plain):
     assert thinned.moves.thinning == 3
 
 
-def test_other_chains_beside_it_do_not_change_a_chain(plain):
-    more = run(replace(PLAIN, num_chains=5))
-    k, tokens, log_probs = part(more, slice(None))
-    mine = part(plain, slice(None))
-    np.testing.assert_array_equal(k[:3], mine[0])
-    np.testing.assert_array_equal(tokens[:3], mine[1])
-    np.testing.assert_allclose(log_probs[:3], mine[2], rtol=1e-6)
+def test_other_chains_beside_it_do_not_change_a_chain():
+    number = ppl.program(lambda: ppl.sample("x", dist.Normal(0.0, 1.0)))
+    walks = [inference.MCMC(mcmc.Metropolis(mcmc.RandomWalk(x=1.0)), 50, 5, num_chains=n).run(KEY, number) for n in (3, 5)]
+    few, many = (posterior.values["x"].reshape(-1, 50) for posterior in walks)
+    np.testing.assert_allclose(many[:3], few, rtol=1e-6)
+    assert len(np.unique(many[:, -1])) == 5
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
@@ -219,8 +218,7 @@ def locked():
 
 def test_start_values():
     one = inference.MCMC(mcmc.Metropolis(mcmc.RandomWalk(b=1.0)), num_samples=1, num_chains=4)
-    with pytest.warns(UserWarning, match="never moved"):
-        posterior = one.run(KEY, locked, start={"b": 4.0})
+    posterior = one.run(KEY, locked, start={"b": 4.0})
     np.testing.assert_array_equal(posterior.values["b"], 4.0)
     np.testing.assert_array_equal(posterior.values["a"], 0)  # drawn until it was possible
     with pytest.raises(errors.AllParticlesDeadError, match=r"for 4 of 4 chains, in 1 forward runs.*at site 'even'"):
@@ -244,16 +242,15 @@ def test_no_first_trace_names_the_site():
 
 def test_chains_that_never_move_are_told_with_numbers():
     stuck = inference.MCMC(mcmc.Metropolis(mcmc.RandomWalk(b=1.0)), num_samples=7, num_chains=2, thinning=3)
-    with pytest.warns(UserWarning, match="never moved") as found:
+    told = r"2 of 2 chains never moved \(0, 1\): none of their proposals in 21 steps was accepted, for 0 tokens"
+    with pytest.warns(UserWarning, match=told):
         stuck.run(KEY, locked, start={"a": 0, "b": 4.0})
-    messages = [str(warning.message) for warning in found]
-    for chain in range(2):
-        assert sum(m.startswith(f"chain {chain} of 2 never moved: none of its proposals in 21 steps") for m in messages) == 1
 
 
 # --- other targets ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tempered_targets_are_those_by_hand():
     """The exponents at the end of a ramp, by enumeration and by a chain."""
     ramp = mcmc.Tempered(sharpness=mcmc.Ramp(1.0, 2.5, 40, geometric=True), power=mcmc.Ramp(0.0, 0.4, 50))

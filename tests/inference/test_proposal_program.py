@@ -191,7 +191,10 @@ def transition(program, proposal, args, seen, most=100):
     return matrix + np.diag(1 - matrix.sum(1)), exact.weights, np.asarray(returns)[np.asarray(p) > 0]
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("both", "switch alone", "too much")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
 def test_detailed_balance(seen, name):
     matrix, posterior, returns = transition(*CASES[name], seen)
     assert (matrix > -1e-6).all()
@@ -202,6 +205,7 @@ def test_detailed_balance(seen, name):
     assert returns.all() == (name in ("both", "switch", "loop"))
 
 
+@pytest.mark.slow
 def test_chains_by_a_program():
     kernel = mcmc.Cycle(mcmc.ProposalProgram(other_text, (H3,)), mcmc.ProposalProgram(both))
     posterior = inference.MCMC(kernel, 500, 50, num_chains=4).run(KEY, ppl.program(pair))
@@ -217,11 +221,19 @@ def test_a_chain_without_a_way_back_says_why():
         ppl.sample("n", dist.Delta(values["n"] + 1))
 
     poisson = ppl.program(lambda: ppl.sample("n", dist.Poisson(3.0)))
-    with pytest.warns(
-        UserWarning, match=r"chain 0 of 1 never moved: .*; its proposal program could never have drawn the way back"
-    ):
-        posterior = inference.MCMC(mcmc.ProposalProgram(down), 5).run(KEY, poisson)
+    with pytest.warns(UserWarning, match="never moved.*; their proposal program could never have drawn the way back"):
+        posterior = inference.MCMC(mcmc.ProposalProgram(down), 20).run(KEY, poisson)
     assert not posterior.moves.stats["returns"].any()
+
+
+def test_faults_name_the_site_of_the_target():
+    def broken(values):
+        ppl.sample("b", dist.Bernoulli(0.5))
+        ppl.sample("a", dist.Bernoulli(jnp.nan * values["a"]))
+
+    coins = ppl.program(lambda: [ppl.sample(name, dist.Bernoulli(0.5)) for name in ("a", "b")])
+    with pytest.raises(errors.NonFiniteError, match="site 'a': its log-weight was NaN"):
+        inference.MCMC(mcmc.ProposalProgram(broken), 2).run(KEY, coins)
 
 
 def test_models_and_arrays_of_the_program_are_inputs():
@@ -234,7 +246,7 @@ def test_models_and_arrays_of_the_program_are_inputs():
     kernel = mcmc.ProposalProgram(rewrite, (jnp.array([0.0, 0.3, -0.2]), lm))
     chains = driver.Chains(inference.MCMC(kernel, 1), KEY, target, ())
     part = chains.part(driver.one_draw)
-    text = part.func.lower(*part.args, chains._shapes()[0], KEY, jnp.int32(0), jnp.int32(1)).as_text()
+    text = part.func.lower(*part.args, *chains._shapes()[:2], KEY, jnp.int32(0), jnp.int32(1)).as_text()
     assert "3x256" in text
     assert "dense" not in "".join(line for line in text.splitlines() if "constant" in line and "3x256" in line)
     other = mcmc.ProposalProgram(rewrite, (jnp.array([0.0, 0.3, -0.1]), lm))

@@ -1,5 +1,6 @@
 """Replica exchange leaves the product of its targets invariant: swaps are enumerated, without Monte Carlo error."""
 
+import dataclasses
 import itertools
 import re
 from dataclasses import dataclass
@@ -231,6 +232,19 @@ def test_texts_have_the_posterior_at_every_target(adapt):
         p = sum(v for key, v in table.items() if key[0] == k) / sum(table.values())
         row = next(row for row in with_tempered.marginal("k") if row.value == k)
         assert abs(row.probability - p) < 5 * row.error + 1e-4
+
+
+@pytest.mark.slow
+def test_replicas_go_on_from_a_file(tmp_path):
+    kernel = mcmc.Cycle(
+        mcmc.ReplicaExchange(mcmc.Regenerate(), num_replicas=3), mcmc.Mixture(mcmc.Regenerate(), mcmc.SingleSite())
+    )
+    how, checkpoint = inference.MCMC(kernel, 12, 16, num_chains=2), inference.Checkpoint(tmp_path / "chains")
+    whole = how.run(KEY, program)
+    dataclasses.replace(how, num_samples=5).run(KEY, program, checkpoint=checkpoint)
+    resumed = how.run(KEY, program, checkpoint=checkpoint)
+    about = lambda posterior: (posterior.values["text"].tokens, posterior.values["text"].log_probs, posterior.moves.stats)
+    jax.tree.map(np.testing.assert_array_equal, about(resumed), about(whole))
 
 
 @pytest.mark.slow

@@ -1,0 +1,61 @@
+"""How choices were made: what a walk records besides its trace, for moves that keep a part of it."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from .interpreter import Interpreter
+
+Array = jax.Array
+
+
+class Notes(NamedTuple):
+    """What to record; static."""
+
+    entropies: bool = False
+    """of the model's next token, which costs a pass over the vocabulary"""
+
+
+class About(NamedTuple):
+    """How the choices of a site were made: float and int arrays [] of a value, [max_tokens] of a text, 0 past its end."""
+
+    log_q: Array
+    """float32, nats: log probability or density under what it was drawn from"""
+    number: Array
+    """int32: which of the trace's active choices it is"""
+    entropy: Array | None
+    """float32, nats: of the model's next token; 0 for a value"""
+
+
+def about(name: str) -> str:
+    """Under what name a site's notes are recorded; no site is called so."""
+    return f"about({name})"
+
+
+def note_value(run: "Interpreter", name: str, log_q: Array, number: Array) -> None:
+    """Record how a value was drawn."""
+    if run.notes is not None:
+        entropy = jnp.float32(0) if run.notes.entropies else None
+        run.record(about(name), About(log_q.astype(jnp.float32), number, entropy))
+
+
+def note_text(run: "Interpreter", name: str, log_q: Array, entropy: Array | None, number: Array) -> None:
+    """Record how a text was drawn, whose first token is choice `number`. In a plate, which is one choice, all have its."""
+    if run.notes is not None:
+        numbers = number + (0 if run.in_plate else jnp.arange(log_q.shape[0], dtype=jnp.int32))
+        run.record(about(name), About(log_q, jnp.broadcast_to(numbers, log_q.shape), entropy))
+
+
+def entropy_of(logits: Array) -> Array:
+    """float32[], nats, of softmax(logits)."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0).sum()
+
+
+def split_notes(records: dict[str, Any]) -> tuple[dict[str, Any], dict[str, About]]:
+    """The values of a walk's records, and the notes by site."""
+    notes = {name: value for name, value in records.items() if isinstance(value, About)}
+    values = {name: value for name, value in records.items() if name not in notes}
+    return values, {name[len("about(") : -1]: note for name, note in notes.items()}
