@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +149,16 @@ class Chains:
             arrays, given, read = inputs
             return Target(skeleton, arrays, given, how.num_warmup, side_by_side=True, lent=dict(zip(lent, read)))
 
+        program_key, alike = self.staged.key(), replace(how, num_samples=1, thinning=1)
+
         def part(fn: Callable[..., Any], **static: Any) -> Any:
-            key = (self.staged.key(), replace(how, num_samples=1, thinning=1), tuple(sorted(self.given)), fn, *static.items())
+            key = (program_key, alike, tuple(sorted(self.given)), fn, *static.items())
             return partial(compiled(key, lambda: lambda inputs, *rest: fn(how, at(inputs), *rest, **static)), inputs)
 
         self.part = part
         read = {**self.given, "lent": list(lent.values())}
-        self.mark = fingerprint(self.staged, replace(how, num_samples=1), read, rng_key)
+        # reads all weights, and is asked for only by those who save or go on
+        self.mark = cache(lambda: fingerprint(self.staged, replace(how, num_samples=1), read, rng_key))
 
     def first(self, start: Mapping[str, Any] | None, checkpoint: Checkpoint | None, resume: Posterior | None) -> Saved:
         """Chains that stand before their first step, or where they were left."""
@@ -164,7 +167,7 @@ class Chains:
                 raise SiteError("MCMC: `resume` and `checkpoint` both say where to go on from; give one of them")
             if resume.chain_state is None:
                 raise SiteError("MCMC: `resume` takes a posterior that `inference.MCMC` has returned")
-            check_mark(self.mark, resume.chain_state.mark)
+            check_mark(self.mark(), resume.chain_state.mark())
             return replace(resume.chain_state, kept=[], spent=dict(resume.chain_state.spent))
         if checkpoint and Path(checkpoint.path).exists():
             return load(checkpoint.path, self.mark, self._shapes(), self.rng_key)

@@ -1,6 +1,6 @@
 """Where chains stand: their states, their draws so far, and how both are written to disk and read again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 class Saved:
     """Chains after some steps."""
 
-    mark: dict[str, str]
+    mark: Callable[[], dict[str, str]]
     """what they belong to"""
     boundary: Boundary
     """the states"""
@@ -67,12 +67,12 @@ def save(saved: Saved, path: str | Path) -> None:
         arrays |= {f"kept.{i}": x for i, x in enumerate(jax.tree.leaves(saved.draws()))}
     count = len(jax.tree.leaves(saved.draws())[0]) if saved.kept else 0
     spent = {f"spent {name}": str(value) for name, value in saved.spent.items()}
-    write(path, arrays, {**saved.mark, **spent, "steps": str(saved.done), "draws": str(count)})
+    write(path, arrays, {**saved.mark(), **spent, "steps": str(saved.done), "draws": str(count)})
 
 
-def load(path: str | Path, mark: dict[str, str], shapes: tuple[Boundary, Info, Draw], rng_key: Array) -> Saved:
+def load(path: str | Path, mark: Callable[[], dict[str, str]], shapes: tuple[Boundary, Info, Draw], rng_key: Array) -> Saved:
     """Read them. `shapes` are the states, what a step says, and one draw of all chains, without their numbers."""
-    arrays, about = read(path, mark)
+    arrays, about = read(path, mark())
     boundary, blank, draw = shapes
     count, kept = int(about["draws"]), []
     if count:

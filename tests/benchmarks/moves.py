@@ -26,6 +26,7 @@ class LastTokens:
 
     count: int
     entropies = False
+    equal = True
 
     def weights(self, walk: Any, name: str) -> Any:
         return jnp.zeros_like(walk.notes[name].log_q).at[..., -self.count].set(1.0)
