@@ -264,7 +264,7 @@ class CutRow(NamedTuple):
         return self.accepted / self.proposals if self.proposals else float("nan")
 
 
-class Cuts(Table):
+class CutTable(Table):
     """One row for each stretch of cuts."""
 
     __slots__ = ()
@@ -276,13 +276,13 @@ class Cuts(Table):
             yield [f"{row.start:g} to {row.end:g}", str(row.proposals), share, f"{row.low:.3f} to {row.high:.3f}"]
 
 
-def acceptance_by_cut(posterior: "Posterior", bins: int = 8, relative: bool = False) -> Cuts:
+def acceptance_by_cut(posterior: "Posterior", bins: int = 8, relative: bool = False) -> CutTable:
     """How often traces that were cut there and redrawn were accepted: cuts are how many choices were kept, as
     `moves.stats["cut"]` has them, or with `relative` that part of `moves.stats["length"]`.
 
     `ValueError` where no kernel says where it cut, and where only the last of several steps is known (`thinning`).
 
-    >>> cuts = Cuts([CutRow(0, 4, 20, 3.0, 0.052, 0.36), CutRow(4, 8, 20, 12.0, 0.387, 0.781)])
+    >>> cuts = CutTable([CutRow(0, 4, 20, 3.0, 0.052, 0.36), CutRow(4, 8, 20, 12.0, 0.387, 0.781)])
     >>> cuts
     cut     proposals  accepted   95 % interval
     0 to 4         20     0.150  0.052 to 0.360
@@ -298,11 +298,12 @@ def acceptance_by_cut(posterior: "Posterior", bins: int = 8, relative: bool = Fa
     if relative:
         cut = cut / np.maximum(np.asarray(found["length"], np.float64).ravel(), 1)
     ran = ~np.isnan(accepted)  # a mixture does not run all its parts
+    ran &= cut >= 0  # a trace that is shorter than the cut stays as it is, and nothing was proposed
     cut, accepted = cut[ran], accepted[ran]
     edges = np.linspace(0, 1, bins + 1) if relative else np.unique(np.linspace(0, cut.max(initial=0) + 1, bins + 1).astype(int))
     which = np.clip(np.searchsorted(edges, cut, side="right") - 1, 0, len(edges) - 2)
     counts, sums = (np.bincount(which, w, minlength=len(edges) - 1) for w in (None, accepted))
-    return Cuts(
+    return CutTable(
         CutRow(float(a), float(b), int(n), float(k), *wilson(k, n)) for a, b, n, k in zip(edges, edges[1:], counts, sums)
     )
 

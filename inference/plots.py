@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .diagnostics import Cuts, Of, acceptance_by_cut, columns, correlations, mean_ess, rank_r_hat
+from .diagnostics import CutTable, Of, acceptance_by_cut, columns, correlations, mean_ess, rank_r_hat
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -80,7 +80,7 @@ def _memory(panel: Any, posterior: "Posterior", x: np.ndarray) -> None:
     panel.tick_params(labelsize=7)
 
 
-def _acceptance(panel: Any, cuts: Cuts) -> None:
+def _acceptance(panel: Any, cuts: CutTable) -> None:
     seen = [row for row in cuts if row.proposals]
     middle, rate = [(row.start + row.end - 1) / 2 for row in seen], np.array([row.rate for row in seen])
     spread = np.array([[row.rate - row.low, row.high - row.rate] for row in seen]).T.clip(0)
@@ -91,7 +91,7 @@ def _acceptance(panel: Any, cuts: Cuts) -> None:
     panel.tick_params(labelsize=7)
 
 
-def _cuts_or_none(posterior: "Posterior") -> Cuts | None:
+def _cuts_or_none(posterior: "Posterior") -> CutTable | None:
     try:
         return acceptance_by_cut(posterior)
     except ValueError:

@@ -21,19 +21,20 @@ Array = jax.Array
 class Regenerate(Redraw):
     """A kernel that keeps a trace up to one of its random choices, and redraws that choice and all that follow.
 
-    With q the program's proposals (masks, constraints and `proposal=` included), W the target over q and h(c | x) the chance of
-    cutting trace x at choice c, the result x' is accepted with probability
+    With q the program's proposals (masks, constraints and `proposal=` included) and W the target over q, the result x' of a cut
+    at choice number c is accepted with probability
 
-        min(1, (W(x') / W(x))^power * h(c | x') / h(c | x)),
+        min(1, (W(x') / W(x))^power),
 
     by which q W^power is invariant: the densities of both redrawn parts cancel against q (single-site Metropolis-Hastings of
     Wingate, Stuhlmueller and Goodman 2011, with everything after the site redrawn; for language models, Karan and Du 2025).
-    Traces are compared on the program's fixed horizon: after their end they hold nothing, and h counts what they hold, so
-    texts may become longer and shorter. For p^alpha draw with `proposal=ppl.proposals.temperature(1 / alpha)` and take
-    `target=mcmc.Tempered(sharpness=alpha)`.
+    The number c is drawn whatever the trace; where it has fewer choices the chain stays. So texts may become longer and shorter
+    on the program's fixed horizon, and no ratio of lengths is needed. A rule of cuts that weighs choices is chosen by the
+    trace: then the ratio has h(c | x') / h(c | x) besides, h being the chance of the cut. For p^alpha draw with
+    `proposal=ppl.proposals.temperature(1 / alpha)` and take `target=mcmc.Tempered(sharpness=alpha)`.
 
-    A move costs the tokens that it draws: the cache of what is kept serves again. Chains that run side by side share their
-    cuts, so that they stay in step.
+    A move costs the tokens that it draws: the cache of what is kept serves again. Chains that run side by side share the
+    number, so that they stay in step; with "entropy" each has its own cut, and all wait for the longest suffix.
 
     Args:
         cuts: "uniform" over all choices; "sites", the first choice of each site; "entropy", in proportion to the jumps of the
