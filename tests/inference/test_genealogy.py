@@ -78,6 +78,7 @@ def story():
     ppl.sample("last", dist.Normal(shift, 1.0))
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_segments_and_changes_no_draw():
     kept = inference.SMC(N, ess_threshold=0.95, generations=4).run(KEY, story)
     cut = inference.SMC(N, ess_threshold=0.95, generations=4).run(KEY, story, budget=inference.Budget(tokens=10**6))

@@ -52,6 +52,7 @@ def quadrature(program, points=60):
     return {name: value / mass for name, value in sums.items()}
 
 
+@pytest.mark.slow
 def test_the_cycle_recovers_the_posterior():
     program = noisy.condition({"y": Y})
     found = inference.MCMC(CYCLE, num_samples=1500, num_warmup=300, num_chains=4).run(KEY, program)

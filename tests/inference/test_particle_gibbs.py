@@ -140,11 +140,13 @@ REPEATED = [
     "reverse scan over data",
     "jit in scan in cond in while",
     "plate in scan with scan inside",
-    "plate of texts from one context",
 ]
 
 
-@pytest.mark.parametrize("name", REPEATED)
+LONG = pytest.param("plate of texts from one context", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*REPEATED, LONG])
 def test_the_retained_particle_repeats_its_trace(name):
     """In loops in either direction, branches and plates, and through resampling."""
     target = target_of(CASES[name].program)
@@ -232,6 +234,7 @@ def test_texts_and_words_of_a_chain():
         posterior.log_evidence  # noqa: B018
 
 
+@pytest.mark.slow
 def test_bounds_hold_the_evidence_between_them():
     """The evidence of a simulated walk is known: all is jointly normal."""
     simulated = noisy.simulate(jax.random.key(3)).values

@@ -84,6 +84,7 @@ def test_the_published_form_does_not(sampled):
     assert (published > 5 * independent).any()
 
 
+@pytest.mark.slow
 def test_published_moves_on_texts_of_one_length_are_exact():
     """Without an end there is nothing to shrink."""
     rng = np.random.default_rng(3)
@@ -97,6 +98,7 @@ def test_published_moves_on_texts_of_one_length_are_exact():
         assert distance(found, exact) < 2 * expected_distance(exact, CHAINS)
 
 
+@pytest.mark.slow
 def test_quest_is_exact_unless_rewards_differ_by_more_than_its_clip():
     lm = tiny(1)
 

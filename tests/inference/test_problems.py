@@ -71,7 +71,10 @@ def same(one, other):
     assert one.ledger.tokens_generated == other.ledger.tokens_generated
 
 
-@pytest.mark.parametrize("program", [straight, loops, ends_early], ids=lambda p: p.__name__)
+LONG = [pytest.param(program, marks=pytest.mark.slow) for program in (straight, ends_early)]
+
+
+@pytest.mark.parametrize("program", [loops, *LONG], ids=lambda p: p.__name__)
 def test_the_same_as_one_by_one(program):
     """Batches that are full and batches that are not, refilled ones too."""
     smc = inference.SMC(6, ess_threshold=0.8)

@@ -250,7 +250,7 @@ def test_models_and_arrays_of_the_program_are_inputs():
     assert "3x256" in text
     assert "dense" not in "".join(line for line in text.splitlines() if "constant" in line and "3x256" in line)
     other = mcmc.ProposalProgram(rewrite, (jnp.array([0.0, 0.3, -0.1]), lm))
-    assert chains.mark["arrays"] != driver.Chains(inference.MCMC(other, 1), KEY, target, ()).mark["arrays"]
+    assert chains.mark()["arrays"] != driver.Chains(inference.MCMC(other, 1), KEY, target, ()).mark()["arrays"]
 
 
 def wrong(site):

@@ -122,10 +122,8 @@ KERNELS = {
 QUICK = [
     ("suffix", "steered text"),
     ("suffix by entropy", "exclusive branches"),
-    ("suffix by site", "while"),
     ("token", "exclusive branches"),
     ("token, power", "steered text"),
-    ("span by entropy", "words in a loop"),
     ("single site", "plate"),
 ]
 SLOW = [

@@ -43,6 +43,7 @@ def test_choices_are_counted_where_they_are_made():
     np.testing.assert_array_equal(plate.made, 2 + np.where(text[:, 0] == M3.eos_id, 1, 2))
 
 
+@pytest.mark.slow
 def test_the_compiled_move_is_this_kernel():
     """Frequencies of one move from every trace, against the rows of the matrix."""
     found, n = enumerated("exclusive branches"), 4000

@@ -270,6 +270,7 @@ def test_early_choices_become_many_again():
     assert many > 1.5 * few, (few, many)
 
 
+@pytest.mark.slow
 def test_cost_and_cuts():
     smc = inference.SMC(16, ess_threshold=0.9)
     algorithm = inference.ResampleMove(smc, num_moves=2)

@@ -62,6 +62,7 @@ def check_unbiased(algorithm, program, args, seeds, log_evidence, expected):
     assert (np.abs(rows.mean(0) - truth) < 4.5 * error).all(), (rows.mean(0), truth, error)
 
 
+@pytest.mark.slow
 def test_unbiased_on_an_enumerable_program():
     exact = inference.Exact().run(jax.random.key(0), styles)
     functions = [lambda t: t["style"] == 0, lambda t: t["style"] == 2, lambda t: t["x"].tokens[..., 1, 0] == 1,

@@ -77,6 +77,7 @@ def test_nobody_chooses_twice_by_the_same_weights():
         assert len(np.unique(asked_again.values["y"])) == 12
 
 
+@pytest.mark.slow
 def test_triggers_see_chances_to_resample():
     """The loop of four steps may resample three times, though its weights move eight times."""
     runs = {

@@ -70,6 +70,7 @@ class TestCountdown:
         inference.SMC(64).run(jax.random.key(1), countdown, models.load("reasoner"), "1 2 4 6")
         assert run_module.traced == before
 
+    @pytest.mark.slow
     def test_where_the_verifier_looks_and_what_steers_leave_the_posterior_alone(self, lm, reward):
         """Evidence is the probability that the model solves the puzzle, whatever kills and steers on the way."""
         estimates = {}
@@ -131,6 +132,7 @@ class TestWordProblems:
         for answer, probability in probabilities(posterior).items():
             assert probability == pytest.approx(probabilities(answers).get(answer, 0), abs=0.1)
 
+    @pytest.mark.slow
     def test_agreement_squares_the_distribution_of_answers(self, lm, answers):
         checked = inference.ImportanceSampling(2000, batch_size=500).run(jax.random.key(2), self_check, lm, QUESTION)
         plain = {answer: p for answer, p in probabilities(answers).items() if answer != verifier.NO_ANSWER}
@@ -141,6 +143,7 @@ class TestWordProblems:
 
 
 class TestComparison:
+    @pytest.mark.slow
     def test_runs_every_method_with_every_size_prints_and_draws(self, lm, reward, tmp_path):
         results = {task: comparison.compare(lm, reward, tasks.SPLITS[task](4), [2, 4]) for task in ("countdown3", "words")}
         for task, rows in results.items():

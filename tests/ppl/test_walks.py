@@ -114,7 +114,10 @@ def compare(found, expected):
     np.testing.assert_array_equal(found.made, expected.made)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+SLOW = [pytest.param(program, marks=pytest.mark.slow) for program in PROGRAMS if program not in (two_texts, chosen_prompt)]
+
+
+@pytest.mark.parametrize("program", [two_texts, chosen_prompt, *SLOW])
 def test_a_walk_again_is_as_good_as_a_new_one(lm, program):
     """Chains side by side, of which each repeats a random part of its walk before."""
     staged = stage(program, (lm,))
