@@ -8,6 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import programs`: models, programs and oracles
 CORE = ("ppl", "inference")
+MAPS = 30_000
+"""memory maps of a process, half of what Linux allows: compiled programs take several each, and one too many ends the process"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -16,3 +18,6 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", request.path.parent.name in CORE)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
