@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -204,14 +205,27 @@ def bind_sample(name: str, dist: Any, scale: Any) -> Array:
     full = site_name(name)
     _check_distribution(full, dist)
     leaves, tree = flatten(dist)
+    shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
     try:
-        out = jax.eval_shape(lambda leaves, key: tree.unflatten(leaves).sample(key), leaves, jax.random.key(0))
-    except NotImplementedError:  # no proper distribution: an error only where it has to be drawn
-        out = jax.ShapeDtypeStruct(dist.shape(), jnp.result_type(float))
+        out = _draw_shape(tree, shapes)
+    except TypeError:  # something in the structure cannot be hashed
+        out = _draw_shape.__wrapped__(tree, shapes)
     operands = leaves if scale is None else [*leaves, jnp.asarray(scale, jnp.float32)]
     return sample_p.bind(
         *operands, name=full, tree=tree, scaled=scale is not None, out=(out.shape, str(out.dtype)), support=_support(dist)
     )[0]
+
+
+@lru_cache(maxsize=1024)
+def _draw_shape(tree: Any, shapes: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a draw from the distribution of this structure, with leaves of these shapes and dtypes."""
+    leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    draw = lambda leaves, key: tree.unflatten(leaves).sample(key)
+    try:
+        return jax.eval_shape(draw, leaves, jax.eval_shape(lambda: jax.random.key(0)))  # type: ignore[no-any-return]
+    except NotImplementedError:  # no proper distribution: an error only where it has to be drawn
+        shape = jax.eval_shape(lambda leaves: jnp.zeros(tree.unflatten(leaves).shape()), leaves).shape
+        return jax.ShapeDtypeStruct(shape, jnp.result_type(float))
 
 
 def _check_distribution(name: str, dist: Any) -> None:

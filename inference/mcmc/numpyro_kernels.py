@@ -122,6 +122,9 @@ class NumPyro(Kernel):
             inner = renewed(self.make, potential, inner, points)
         inner = kernel.sample(settled(inner, target)._replace(rng_key=sample_key), (), {})
         _, draw, info = traces(getattr(inner, kernel.sample_field))
+        # where it stands the density is known to be finite: the compiler leaves out to compute it again
+        none = jnp.int32(-1)
+        info = info._replace(faults=info.faults._replace(died=none, died_at=none, non_finite=none))
         stats = {name: getattr(inner, name) for name in STATS if hasattr(inner, name)}
         if hasattr(inner, "adapt_state"):
             stats["step_size"] = inner.adapt_state.step_size
