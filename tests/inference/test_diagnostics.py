@@ -167,13 +167,15 @@ def test_acceptance_by_cut():
 
 def test_regenerated_texts_tell_their_cuts(texts):
     rows = diagnostics.acceptance_by_cut(texts)
-    assert sum(row.proposals for row in rows) == 600
+    proposed = (texts.moves.stats["cut"] >= 0).sum()
+    assert 300 < proposed < 600, "shorter texts stay where others are cut"
+    assert sum(row.proposals for row in rows) == proposed
     assert sum(row.accepted for row in rows) == texts.moves.accepted.sum()
     assert rows[0].start == 0
     assert rows[-1].end == texts.moves.stats["cut"].max() + 1
     by_part = diagnostics.acceptance_by_cut(texts, bins=4, relative=True)
     assert [row.end for row in by_part] == [0.25, 0.5, 0.75, 1.0]
-    assert sum(row.proposals for row in by_part) == 600
+    assert sum(row.proposals for row in by_part) == proposed
 
 
 def test_tables_show_in_notebooks(texts):
