@@ -159,10 +159,15 @@ def traces_of(output: Output) -> Traces:
     return Traces(Draw(output.values, output.active, output.returned), output.log_weight, output.made)
 
 
+def at_once(counts: Counts) -> Counts:
+    """The work of what ran side by side (leading axis), of which one pass through a model serves all."""
+    total: Counts = jax.tree.map(lambda x: x.sum(axis=0), counts)
+    return total._replace(model_calls=counts.model_calls.max(axis=0))
+
+
 def info_of(output: Output, accepted: Array) -> Info:
     """What a population's run says of a step that ran it."""
-    counts = jax.tree.map(lambda x: x.sum(axis=0), output.counts)._replace(model_calls=output.counts.model_calls.max())
-    return Info(accepted, together(output.faults), counts)
+    return Info(accepted, together(output.faults), at_once(output.counts))
 
 
 def added(one: Info, other: Info) -> Info:

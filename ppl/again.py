@@ -25,12 +25,12 @@ from .arena import (
     write_entries,
     written_after,
 )
-from .choices import Choices, SiteRef, Spec
+from .choices import Choices, Repeating, SiteRef, visited
 from .collectives import anybody
 from .language_model import token_log_probs
 from .notes import About
 from .staging import steady_prompts
-from .state import State
+from .state import State, with_arena
 
 if TYPE_CHECKING:
     from .interpreter import Interpreter
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 
-class Repeated(NamedTuple):
-    """The choices of a walk that repeats some of those of the walk before, and draws the others."""
-
+class _Repeated(NamedTuple):
     drawn: Choices
     values: dict[str, Array]
     """for each random site what may be repeated, token ids for a text; leading axes for loops and plates"""
@@ -51,48 +49,28 @@ class Repeated(NamedTuple):
     notes: dict[str, About]
     """of the walk before"""
 
-    def _at(self, tree: Any, site: SiteRef) -> Any:
-        for index in site.path:
-            tree = jax.tree.map(lambda x, i=index: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-        return tree
 
-    def _repeat(self, site: SiteRef, drawn: Array, step: Array | None = None) -> Array:
+class Repeated(Repeating, _Repeated):
+    """The choices of a walk that repeats some of those of the walk before, and draws the others."""
+
+    __slots__ = ()
+
+    def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
         if site.name not in self.values:  # in a rollout, which is no part of the trace
             return drawn
-        value, kept = self._at((self.values[site.name], self.kept[site.name]), site)
+        value, kept = visited((self.values[site.name], self.kept[site.name]), site)
         if step is not None:
             value, kept = value[step], kept[step]
         return jnp.where(kept, value.astype(drawn.dtype), drawn)
 
-    def supply(self, spec: Spec | None, active: Any) -> None:
-        return None
-
-    def value(self, site: SiteRef, dist: Any, number: Array) -> tuple[Any, "Repeated"]:
-        value, drawn = self.drawn.value(site, dist, number)
-        return self._repeat(site, value), self._replace(drawn=drawn)
-
-    def token(self, site: SiteRef, step: Array, logits: Array, number: Array) -> tuple[Array, "Repeated"]:
-        token, drawn = self.drawn.token(site, step, logits, number)
-        return self._repeat(site, token, step), self._replace(drawn=drawn)
-
-    def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, "Repeated"]:
-        uniforms, drawn = self.drawn.uniforms(clock, weights, count)
-        return uniforms, self._replace(drawn=drawn)
-
-    def enter_element(self, i: Array, jaxpr: Any) -> "Repeated":
-        return self._replace(drawn=self.drawn.enter_element(i, jaxpr))
-
-    def leave_plate(self, size: int, jaxpr: Any, elements: "Repeated") -> "Repeated":
-        return self._replace(drawn=self.drawn.leave_plate(size, jaxpr, elements.drawn))
-
     def record_before(self, site: SiteRef) -> Any:
         """What the walk before recorded at a visit of a site."""
-        return self._at(self.records[site.name], site)
+        return visited(self.records[site.name], site)
 
     def text_before(self, site: SiteRef) -> tuple[Any, About, Array]:
         """The record and the notes of a text in the walk before, and how many of its first tokens are repeated."""
-        record, note = self._at((self.records[site.name], self.notes[site.name]), site)
-        value, kept = self._at((self.values[site.name], self.kept[site.name]), site)
+        record, note = visited((self.records[site.name], self.notes[site.name]), site)
+        value, kept = visited((self.values[site.name], self.kept[site.name]), site)
         inside = jnp.arange(value.shape[0]) < record[1]
         return record, note, jnp.cumprod((kept & inside & (value == record[0])).astype(jnp.int32)).sum()
 
@@ -114,16 +92,21 @@ def new_context(
         row = row._replace(features=jnp.where(known, before.features, row.features), ahead=jnp.where(known, -2, row.ahead))
         state = state._replace(same=same)
     arena, handle = add_row(arena, row)
-    arenas = (*state.arenas[:model], arena, *state.arenas[model + 1 :])
-    run.state = state._replace(arenas=arenas)
+    run.state = with_arena(state, model, arena)
     return handle
 
 
 def is_same(state: State, arena: Arena, row: Row, parent: Array, begins: Array) -> Array:
     """bool[]: whether the context `row`, which is about to be written, was so in the walk before, but for its tokens."""
     before = read_row(arena, arena.handles)
-    there = (before.parent == parent) & (before.begins == begins) & (before.prompt == row.prompt)
-    return cast(Array, state.same) & there & (before.position == row.position) & (before.pending == row.pending)
+    there = (before.prompt == row.prompt) & (before.position == row.position) & (before.pending == row.pending)
+    return begins_same(state, before, parent, begins) & there
+
+
+def begins_same(state: State, before: Row, parent: Array, begins: Array) -> Array:
+    """bool[]: whether what goes on from `parent` in the slots from `begins` on did so in the walk before, which made `before`
+    of it."""
+    return cast(Array, state.same) & (before.parent == parent) & (before.begins == begins)
 
 
 def read_prompt(run: "Interpreter", model: int, tokens: Array, count: Array) -> tuple[Prompt, Array]:
@@ -181,7 +164,7 @@ def recall(run: "Interpreter", model: int, site: SiteRef, row: Row, parent: Arra
     record, note, kept = run.state.choices.text_before(site)  # type: ignore[attr-defined]
     arena = run.state.arenas[model]
     before = read_row(arena, arena.handles)
-    same = cast(Array, run.state.same) & (before.parent == parent) & (before.begins == arena.used) & ~idle
+    same = begins_same(run.state, before, parent, arena.used) & ~idle
     return jnp.where(same, jnp.minimum(kept, before.position - row.position), 0), record, note
 
 

@@ -97,9 +97,46 @@ WHOLE = 2**31 - 1
 """as a cut: after every choice"""
 
 
-class Retained(NamedTuple):
-    """The choices of a particle that repeats a given trace up to a cut, as if it were drawn, and draws what follows."""
+def visited(tree: Any, site: SiteRef) -> Any:
+    """Of arrays with leading axes for loops and plates, what belongs to one visit of a site."""
+    for index in site.path:
+        tree = jax.tree.map(lambda x, i=index: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+    return tree
 
+
+class Repeating:
+    """What choices that repeat some of a trace and draw the others have in common: a field `drawn`, and `_kept`."""
+
+    drawn: Choices
+    _replace: Any
+
+    def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
+        """The trace's value where it is repeated, else what was drawn."""
+        raise NotImplementedError
+
+    def supply(self, spec: Spec | None, active: Any) -> None:
+        return None
+
+    def value(self, site: SiteRef, dist: Any, number: Array) -> tuple[Any, Any]:
+        value, drawn = self.drawn.value(site, dist, number)
+        return self._kept(site, value, number), self._replace(drawn=drawn)
+
+    def token(self, site: SiteRef, step: Array, logits: Array, number: Array) -> tuple[Array, Any]:
+        token, drawn = self.drawn.token(site, step, logits, number)
+        return self._kept(site, token, number, step), self._replace(drawn=drawn)
+
+    def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, Any]:
+        uniforms, drawn = self.drawn.uniforms(clock, weights, count)  # nested sites that resample cannot be repeated
+        return uniforms, self._replace(drawn=drawn)
+
+    def enter_element(self, i: Array, jaxpr: Any) -> Any:
+        return self._replace(drawn=self.drawn.enter_element(i, jaxpr))
+
+    def leave_plate(self, size: int, jaxpr: Any, elements: Any) -> Any:
+        return self._replace(drawn=self.drawn.leave_plate(size, jaxpr, elements.drawn))
+
+
+class _Retained(NamedTuple):
     drawn: Choices
     values: dict[str, Array]
     """for each random site its value in the trace, token ids for a text; leading axes for loops and plates. Sites of rollouts,
@@ -107,35 +144,17 @@ class Retained(NamedTuple):
     cut: Array
     """int32[]: how many active choices are repeated, the first ones in the order of the walk; 0 draws all, `WHOLE` none"""
 
+
+class Retained(Repeating, _Retained):
+    """The choices of a particle that repeats a given trace up to a cut, as if it were drawn, and draws what follows."""
+
+    __slots__ = ()
+
     def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
-        """The trace's value where it is repeated, else what was drawn."""
         if site.name not in self.values:
             return drawn
-        value = self.values[site.name]
-        for index in site.path:
-            value = jax.lax.dynamic_index_in_dim(value, index, keepdims=False)
+        value = visited(self.values[site.name], site)
         return jnp.where(number < self.cut, (value if step is None else value[step]).astype(drawn.dtype), drawn)
-
-    def supply(self, spec: Spec | None, active: Any) -> None:
-        return None
-
-    def value(self, site: SiteRef, dist: Any, number: Array) -> tuple[Any, "Retained"]:
-        value, drawn = self.drawn.value(site, dist, number)
-        return self._kept(site, value, number), self._replace(drawn=drawn)
-
-    def token(self, site: SiteRef, step: Array, logits: Array, number: Array) -> tuple[Array, "Retained"]:
-        token, drawn = self.drawn.token(site, step, logits, number)
-        return self._kept(site, token, number, step), self._replace(drawn=drawn)
-
-    def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, "Retained"]:
-        uniforms, drawn = self.drawn.uniforms(clock, weights, count)  # nested sites that resample cannot be repeated
-        return uniforms, self._replace(drawn=drawn)
-
-    def enter_element(self, i: Array, jaxpr: Any) -> "Retained":
-        return self._replace(drawn=self.drawn.enter_element(i, jaxpr))
-
-    def leave_plate(self, size: int, jaxpr: Any, elements: "Retained") -> "Retained":
-        return self._replace(drawn=self.drawn.leave_plate(size, jaxpr, elements.drawn))
 
 
 def at_points(weights: Array, points: Array) -> Array:

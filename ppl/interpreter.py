@@ -23,7 +23,7 @@ from .loops import walk_loop
 from .nested import Samples
 from .notes import Notes
 from .staging import Staged, need, random_sites, trace_eqns, walks_into
-from .state import Faults, State, Tempering, choose, no_counts, no_faults, pay, steer, together
+from .state import Faults, State, Tempering, choose, no_counts, no_faults, pay, spread_over, steer, together
 
 Array = jax.Array
 
@@ -268,7 +268,7 @@ class Interpreter:
         for name, (value, active) in records.items():
             if name in self.records:
                 before, was_active = (self.frame.get(c) for c in self.records[name])
-                pick = lambda x, b, active=active: jnp.where(active.reshape(active.shape + (1,) * (x.ndim - active.ndim)), x, b)
+                pick = lambda x, b, active=active: jnp.where(spread_over(active, x), x, b)
                 value, active = jax.tree.map(pick, value, before), active | was_active
             self.records[name] = self.frame.put(value), self.frame.put(active)
 

@@ -94,6 +94,11 @@ class Tempering(NamedTuple):
         return jnp.where(log_weight == -jnp.inf, -jnp.inf, self.power * log_weight)
 
 
+def spread_over(mask: Array, x: Array) -> Array:
+    """A mask of leading axes of `x`, in a shape that broadcasts to it."""
+    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+
+
 def with_arena(state: State, model: int, arena: Arena) -> State:
     """The state with another arena for one model."""
     return state._replace(arenas=(*state.arenas[:model], arena, *state.arenas[model + 1 :]))

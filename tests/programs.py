@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from latentrace import models
+from latentrace.models.transformer import Transformer, TransformerConfig, TransformerLM
 from latentrace.ppl.language_model import empty_memory
 
 LETTERS = "abcdefgh"
@@ -137,3 +139,12 @@ class WideCacheModel:
 
 def wide_cache_model() -> WideCacheModel:
     return WideCacheModel(jnp.asarray(0.05 * np.random.default_rng(0).normal(size=(3, WIDTH)), jnp.float32))
+
+
+def attentive_model(scale: float) -> Any:
+    """A small transformer of 11 tokens, EOS 0, whose next token depends on all that it has read: its weights are `scale` times
+    the random ones."""
+    config = TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=2,
+                               head_dim=8, max_length=64, eos_id=0, bos_id=1, tied=False)  # fmt: skip
+    lm = TransformerLM.from_module(Transformer(config, rngs=nnx.Rngs(0)))
+    return jax.tree.map(lambda x: scale * x if x.ndim > 1 else x, lm)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.sites import generate_p, sample_p
 from latentrace.ppl.staging import trace_eqns
+from latentrace.ppl.state import spread_over
 
-from ..chains import Draw, Info, Kernel, State, Target
+from ..chains import Draw, Info, Kernel, State, Target, at_once
 
 Array = jax.Array
 VALUES = "values"
@@ -105,10 +106,11 @@ class Gibbs(Kernel):
     def visit(self, target: Target, rng_key: Array, draw: Draw, name: str, site: Elements, at: Array) -> tuple[Draw, Info]:
         """The trace after a move of element number `at` of a site; an inactive element is left alone."""
         draws, log_density, info = self.candidates(target, draw, name, site, at)
-        now = element(draw.values[name], at) == jnp.asarray(site.support)
+        values = draw.values[name]
+        now = element(values, at) == jnp.asarray(site.support)
         row = moves(log_density, now, self.metropolised)
         which = jax.random.categorical(rng_key, jnp.log(row))
-        active = element(jnp.broadcast_to(over(draw.active[name], site), (*site.dims, *site.shape)), at)
+        active = element(jnp.broadcast_to(spread_over(draw.active[name], values), values.shape), at)
         after = jax.tree.map(lambda x, y: jnp.where(active, x[which], y), draws, draw)
         moving = 1 - jnp.where(now, row, 0.0).sum() if self.metropolised else jnp.float32(1)
         stats = {"active": active, "changed": active & ~now[which]}
@@ -125,8 +127,8 @@ class Gibbs(Kernel):
             return then, jnp.where(target.same_choices(draw, then), log_density, -jnp.inf), info
 
         draws, log_density, info = jax.vmap(one, axis_name=VALUES)(support)
-        counts = jax.tree.map(lambda x: x.sum(axis=0), info.counts)._replace(model_calls=info.counts.model_calls.max())
-        return draws, log_density, info._replace(faults=jax.tree.map(lambda x: x.max(axis=0), info.faults), counts=counts)
+        faults = jax.tree.map(lambda x: x.max(axis=0), info.faults)
+        return draws, log_density, info._replace(faults=faults, counts=at_once(info.counts))
 
 
 def moves(log_density: Array, now: Array, metropolised: bool) -> Array:
@@ -171,8 +173,3 @@ def elements(target: Target, names: tuple[str, ...]) -> dict[str, Elements]:
 
 def element(values: Array, at: Array) -> Array:
     return values.reshape(-1)[at]
-
-
-def over(active: Array, site: Elements) -> Array:
-    """Whether a site is active, in a shape that broadcasts to that of its value."""
-    return active.reshape(active.shape + (1,) * len(site.shape))

@@ -18,7 +18,7 @@ from latentrace.ppl.collectives import PROBLEMS, index
 from latentrace.ppl.errors import AllParticlesDeadError, SiteError, SiteNameError, near_misses
 from latentrace.ppl.run import arrays_of, check_faults, compiled, given_arrays, label_values
 from latentrace.ppl.staging import check_given
-from latentrace.ppl.state import Counts
+from latentrace.ppl.state import Counts, spread_over
 
 from ..anytime import Checkpoint, fingerprint
 from ..chains import Draw, Info, Kernel, Target, check, kernels_in
@@ -260,7 +260,7 @@ class Chains:
 
 
 def _where(good: np.ndarray, then: Array, now: Array) -> Array:
-    return jnp.where(good.reshape(-1, *[1] * (then.ndim - 1)), then, now)
+    return jnp.where(spread_over(jnp.asarray(good), then), then, now)
 
 
 def _chain_after_chain(x: np.ndarray) -> np.ndarray:

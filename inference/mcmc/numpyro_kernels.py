@@ -15,6 +15,7 @@ from latentrace.ppl.partial import specialised
 from latentrace.ppl.run import Settings
 from latentrace.ppl.sites import sample_p
 from latentrace.ppl.staging import optional_sites, trace_eqns
+from latentrace.ppl.state import spread_over
 from latentrace.ppl.unconstrained import Point, PointOf, point_shape
 
 from ..chains import Draw, Info, Kernel, Target, draw_of, info_of
@@ -118,7 +119,7 @@ class NumPyro(Kernel):
         if optional or target.changing:
             for key, name in zip(jax.random.split(point_key, max(len(optional), 1)), optional):
                 active, point = state.draw.active[name], points[name]
-                points[name] = jnp.where(over(active, point), point, jax.random.normal(key, point.shape, point.dtype))
+                points[name] = jnp.where(spread_over(active, point), point, jax.random.normal(key, point.shape, point.dtype))
             inner = renewed(self.make, potential, inner, points)
         inner = kernel.sample(settled(inner, target)._replace(rng_key=sample_key), (), {})
         _, draw, info = traces(getattr(inner, kernel.sample_field))
@@ -152,7 +153,7 @@ class NumPyro(Kernel):
         def there(points: dict[str, Array]) -> tuple[Array, Draw, Info]:
             trace, log_density, info = target.evaluate({**values, **as_points(points)})
             energy = jnp.where(target.same_choices(draw, trace, but=mine), -log_density, jnp.inf)
-            idle = [jnp.where(over(trace.active[name], points[name]), 0.0, points[name] ** 2).sum() for name in optional]
+            idle = [jnp.where(spread_over(trace.active[name], points[name]), 0.0, points[name] ** 2).sum() for name in optional]
             return energy + 0.5 * sum(idle), trace, info
 
         return specialised(there, {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in mine.items()})
@@ -308,11 +309,6 @@ def renewed(make: Callable[[Potential], MCMCKernel], potential: Potential, inner
         return kernel.refresh(inner, (), {})
     energy, gradient = jax.value_and_grad(potential)(points)
     return inner._replace(potential_energy=energy, z_grad=gradient)
-
-
-def over(active: Array, point: Array) -> Array:
-    """Whether elements are active, in a shape that broadcasts to those of their points."""
-    return active.reshape(active.shape + (1,) * (point.ndim - active.ndim))
 
 
 def settled(inner: Any, target: Target) -> Any:

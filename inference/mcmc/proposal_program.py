@@ -15,6 +15,7 @@ from latentrace.ppl.program import as_program
 from latentrace.ppl.run import Arrays, Prefixes, RegeneratingSource, Settings, arrays_of
 from latentrace.ppl.sites import NESTED, factor_p, generate_p, observe_p, plate_p, sample_p, score_p
 from latentrace.ppl.staging import Site, Staged, check_repeatable, random_sites, stage, trace_eqns
+from latentrace.ppl.state import spread_over
 
 from ..chains import Draw, Info, Kernel, State, Target, added, info_of
 from .metropolis import accepts, choose
@@ -147,7 +148,8 @@ class ProposalProgram(Kernel):
         output = program.population(rng_key, Settings(1))
         first = lambda x: x[0]
         draw = Draw(*jax.tree.map(first, (output.values, output.active, output.returned)))
-        moved = {name: jnp.where(_over(draw.active[name], x), x, values[name]) for name, x in program.choices(draw).items()}
+        keep = lambda name, x: jnp.where(spread_over(draw.active[name], x), x, values[name])
+        moved = {name: keep(name, x) for name, x in program.choices(draw).items()}
         return {**values, **moved}, output.log_weight[0], self._its(target, program, info_of(output, jnp.float32(1)))
 
     def log_ratio(self, target: Target, now: Draw, then: Draw, log_w: Array) -> tuple[Array, Array, Info]:
@@ -233,8 +235,3 @@ def _blank(target: Target) -> dict[str, np.ndarray]:
 def _pays(eqn: Any) -> bool:
     """Whether an equation draws otherwise than its density says."""
     return (eqn.primitive is generate_p and weighted(eqn.params)) or (eqn.primitive is sample_p and eqn.params["scaled"])
-
-
-def _over(active: Array, x: Array) -> Array:
-    """bool[*dims], as it broadcasts against a value of leading axes `dims`."""
-    return active.reshape(active.shape + (1,) * (x.ndim - active.ndim))

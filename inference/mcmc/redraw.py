@@ -13,7 +13,7 @@ from latentrace.ppl.staging import check_repeatable, steady_prompts
 from latentrace.ppl.state import Counts, Faults, together
 from latentrace.ppl.walk import Walk
 
-from ..chains import Draw, Info, Kernel, Target
+from ..chains import Draw, Info, Kernel, Target, at_once
 from .cuts import Cuts
 from .metropolis import accepts, choose
 
@@ -213,5 +213,4 @@ def choices_of(target: Target, walk: Walk) -> dict[str, Array]:
 
 def info_of_walks(faults: Faults, counts: Counts, accept: Array, stats: dict[str, Any]) -> Info:
     """What a step says of the walks that it took (leading axis)."""
-    work = jax.tree.map(lambda x: x.sum(axis=0), counts)._replace(model_calls=counts.model_calls.max())
-    return Info(accept.astype(jnp.float32), together(faults), work, stats)
+    return Info(accept.astype(jnp.float32), together(faults), at_once(counts), stats)

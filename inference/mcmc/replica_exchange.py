@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from latentrace.ppl.boundary import Boundary, advance, over, settled
 from latentrace.ppl.collectives import index
 from latentrace.ppl.errors import SiteError
-from latentrace.ppl.state import Counts, Tempering
+from latentrace.ppl.state import Tempering
 
-from ..chains import Draw, Info, Kernel, Target, added
+from ..chains import Draw, Info, Kernel, Target, added, at_once
 from .composition import Composition, checked, own_stats, part
 from .metropolis import accepts
 from .tempered import check_powers
@@ -290,5 +290,4 @@ def evened(places: Array, rejection: Array) -> Array:
 
 def side_by_side(infos: Info) -> Info:
     """What replicas cost together; leading axes [K]. One pass through a model serves them all."""
-    counts = Counts(*(x.sum(axis=0) for x in infos.counts))._replace(model_calls=infos.counts.model_calls.max(axis=0))
-    return Info(infos.accepted.mean(), jax.tree.map(lambda x: x.max(axis=0), infos.faults), counts)
+    return Info(infos.accepted.mean(), jax.tree.map(lambda x: x.max(axis=0), infos.faults), at_once(infos.counts))

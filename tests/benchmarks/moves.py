@@ -2,6 +2,7 @@
 
 python tests/benchmarks/moves.py            # random weights of the small shape of `workload.py`
 python tests/benchmarks/moves.py --large    # the 135M shape
+python tests/benchmarks/moves.py --large --only "suffix of 8 tokens" --moves 12    # some kernels
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--only", nargs="*", help="names of kernels")
     args = parser.parse_args()
     lm = random_model("135m" if args.large else "small")
     ids = (np.arange(PROMPT_TOKENS) * 37 % 50000).tolist()
@@ -71,6 +73,7 @@ def main() -> None:
         "suffix, uniform cuts": mcmc.Regenerate(),
         "suffix, entropy cuts": mcmc.Regenerate("entropy"),
     }
+    kernels = {name: kernel for name, kernel in kernels.items() if name in (args.only or kernels)}
     runs = {"decode 32": decode(32), "decode 64": decode(64)} | {name: moves(name, kernel) for name, kernel in kernels.items()}
     times = seconds(runs, args.repeats)
     traced = run.traced

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/problems.py            # random weights of the small shape of `workload.py`
 python tests/benchmarks/problems.py --large    # the 135M shape
+python tests/benchmarks/problems.py --large --only "plain, one prompt" "plain, 64 problems"    # some runs
 """
 
 import argparse
@@ -35,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of runs; the first one is always needed")
     args = parser.parse_args()
     lm = random_model("135m" if args.large else "small")
     prompts = [((np.arange(41 + p % 24) * 37 + p) % 50000).tolist() for p in range(PROBLEMS)]
@@ -58,11 +60,11 @@ def main() -> None:
     if not args.large:
         runs["forbid, one prompt"] = one(forbid, allowed, algorithm=inference.SMC(total))
         runs["twisted, 64 problems, at each token"] = many(twisted, algorithm=inference.SMC(PARTICLES, 1.1))
-    times = seconds(runs, args.repeats)
+    times = seconds({name: run for name, run in runs.items() if name in (args.only or runs)}, args.repeats)
     for name, s in times.items():
         rate, of_plain = total * NEW_TOKENS / s, times["plain, one prompt"] / s
         print(f"{name:36} {s:7.3f} s {rate:8.0f} tokens/s {of_plain:5.2f} of the throughput of 512 plain samples")
-    if args.large:
+    if args.large or args.only:
         return
     lines = np.random.default_rng(0).geometric(0.2, PROBLEMS).clip(1, 16)
     problems = [(lm, prompt, jnp.int32(n)) for prompt, n in zip(prompts, lines)]

@@ -15,7 +15,7 @@ from latentrace.inference.mcmc import gibbs
 from latentrace.ppl import errors
 from latentrace.ppl.run import arrays_of
 from latentrace.ppl.staging import stage
-from latentrace.ppl.state import Tempering
+from latentrace.ppl.state import Tempering, spread_over
 
 from .cases import M2, M3, J
 from .moves import Enumerated, exclusive_branches, plate_between
@@ -107,7 +107,7 @@ class Chain:
             def rows(draw, at, name=name, site=site):
                 draws, log_density, _ = kernel.candidates(self.target, draw, name, site, at)
                 now = gibbs.element(draw.values[name], at) == jnp.asarray(site.support)
-                active = jnp.broadcast_to(gibbs.over(draw.active[name], site), (*site.dims, *site.shape))
+                active = jnp.broadcast_to(spread_over(draw.active[name], draw.values[name]), (*site.dims, *site.shape))
                 return draws, gibbs.moves(log_density, now, kernel.metropolised), gibbs.element(active, at)
 
             rows = jax.jit(jax.vmap(rows, (0, None)))
@@ -177,7 +177,7 @@ def test_the_compiled_step_is_this_kernel(name, metropolised):
         assert (np.abs(counts / n - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1e-6).all()
         changed = sum((np.asarray(state.draw.values[k]) != np.asarray(draw.values[k])).reshape(n, -1).sum(1)
                       for k in gibbs.elements(chain.target, ()))  # fmt: skip
-        visited = sum(int(np.broadcast_to(gibbs.over(draw.active[k], s), (*s.dims, *s.shape)).sum())
+        visited = sum(int(np.broadcast_to(spread_over(jnp.asarray(draw.active[k]), draw.values[k]), (*s.dims, *s.shape)).sum())
                       for k, s in gibbs.elements(chain.target, ()).items())  # fmt: skip
         np.testing.assert_allclose(info.stats["changed"], changed / visited, atol=1e-6)
         assert (np.asarray(info.accepted) <= 1).all()

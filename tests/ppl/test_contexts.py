@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import programs
 import pytest
-from flax import nnx
 
 from latentrace import inference, ppl
-from latentrace.models.transformer import Transformer, TransformerConfig, TransformerLM
 from latentrace.ppl.arena import new_arena
 from latentrace.ppl.language_model import empty_memory
 
@@ -17,10 +16,7 @@ PROMPT, REST = [1, 5, 6, 7, 8], [9, 3]
 
 @pytest.fixture(scope="module")
 def lm():
-    config = TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=2,
-                               head_dim=8, max_length=64, eos_id=0, bos_id=1, tied=False)  # fmt: skip
-    lm = TransformerLM.from_module(Transformer(config, rngs=nnx.Rngs(0)))
-    return jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, lm)
+    return programs.attentive_model(20)
 
 
 def scored(lm, prompt=PROMPT):

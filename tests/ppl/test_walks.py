@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import programs
 import pytest
-from flax import nnx
 
 from latentrace import ppl
 from latentrace.inference.chains import Target
-from latentrace.models.transformer import Transformer, TransformerConfig, TransformerLM
 from latentrace.ppl.collectives import PROBLEMS, index
 from latentrace.ppl.notes import Notes
 from latentrace.ppl.run import arrays_of
@@ -20,11 +19,7 @@ PROMPT = [1, 5, 6, 7, 8]
 
 @pytest.fixture(scope="module")
 def lm():
-    """A model whose next token depends on all that it has read."""
-    config = TransformerConfig(vocab_size=11, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=2,
-                               head_dim=8, max_length=64, eos_id=0, bos_id=1, tied=False)  # fmt: skip
-    lm = TransformerLM.from_module(Transformer(config, rngs=nnx.Rngs(0)))
-    return jax.tree.map(lambda x: 12 * x if x.ndim > 1 else x, lm)
+    return programs.attentive_model(12)
 
 
 def two_texts(lm):
