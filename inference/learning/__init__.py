@@ -1,0 +1,1 @@
+"""Learning: the training loop, and what it trains besides guides: twists and policies."""
