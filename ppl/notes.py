@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .choices import Choices, SiteRef
+
 if TYPE_CHECKING:
     from .interpreter import Interpreter
 
@@ -17,8 +19,8 @@ class Notes(NamedTuple):
 
     entropies: bool = False
     """of the model's next token, which costs a pass over the vocabulary"""
-    more: Callable[[str, Any, Array], Any] | None = None
-    """what else to record of a value: of the site's name, the distribution and the value"""
+    more: Callable[[SiteRef, Any, Array, Choices, Array], Any] | None = None
+    """what else to record of a value: of the visit, the distribution, the value, the choices before it, and which one it is"""
 
 
 class About(NamedTuple):
@@ -43,7 +45,7 @@ def note_value(run: "Interpreter", name: str, dist: Any, value: Array, log_q: Ar
     """Record how a value was drawn."""
     if run.notes is not None:
         entropy = jnp.float32(0) if run.notes.entropies else None
-        more = None if run.notes.more is None else run.notes.more(name, dist, value)
+        more = None if run.notes.more is None else run.notes.more(run.site(name), dist, value, run.state.choices, number)
         run.record(about(name), About(log_q.astype(jnp.float32), number, entropy, more))
 
 
