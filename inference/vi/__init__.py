@@ -13,6 +13,7 @@ from .estimators import (
     StraightThrough,
 )
 from .expectations import Controlled, Expectation, expectation
+from .marginals import Marginal, Normalized, marginal, normalize
 from .objectives import chi_squared, elbo, forward_kl, iwae, renyi, sleep_phase, vimco, wake_phase
 from .terms import LogDensity
 from .traces import Trace
@@ -25,7 +26,9 @@ __all__ = [
     "Expectation",
     "GumbelSoftmax",
     "LogDensity",
+    "Marginal",
     "MeasureValued",
+    "Normalized",
     "OneHot",
     "Reparameterised",
     "ScoreFunction",
@@ -37,6 +40,8 @@ __all__ = [
     "forward_kl",
     "iwae",
     "log_density",
+    "marginal",
+    "normalize",
     "renyi",
     "sleep_phase",
     "vimco",

@@ -18,7 +18,7 @@ from latentrace.ppl.state import spread_over
 from .estimators import Enumerate, Estimator, MeasureValued
 from .randomness import inner_randomness
 from .terms import LogDensity
-from .traces import Draft, Drawn, Plan, Trace, draw_traces, stage_guide, trace_of
+from .traces import Draft, Drawn, Plan, Trace, draw_traces, over_leading, scores, stage_guide, trace_of
 
 Array = jax.Array
 Fixed = dict[str, tuple[Array, Array]]
@@ -183,7 +183,7 @@ class _Estimate:
                     found = self.fn(trace_of(self.staged, self.plan, jax.tree.map(lambda x: x[0], drawn)))
             return self.checked(found, sum(inner.scores) if inner.scores else None)
 
-        return _mapped(lambda drawn, s: _mapped(lambda drawn: one(drawn, s), drawn), drawn, jnp.arange(self.samples))
+        return over_leading(lambda drawn, s: over_leading(lambda drawn: one(drawn, s), drawn), drawn, jnp.arange(self.samples))
 
     def checked(self, found: Any, inner: Any) -> _Costs:
         """What the function returned, taken apart."""
@@ -202,17 +202,14 @@ class _Estimate:
     def scored(self, drawn: Drawn, costs: _Costs) -> Array:
         """float32[S, V]: 0, with the gradient that comes through choices that are not reparameterised."""
         total = jnp.zeros(costs.value.shape, jnp.float32)
-        for name in self.plan.random:
-            about = drawn.about[name]
-            score = about.more.get("score") if about.more else about.log_q if name not in self.plan.equations else None
-            if score is None:
-                continue
-            cost = spread_over(costs.value, about.number)
+        for name, score in scores(self.plan, drawn.about).items():
+            number = drawn.about[name].number
+            cost = spread_over(costs.value, number)
             if costs.to_go is not None:
-                flat = about.number.reshape(*costs.value.shape, -1)
-                cost = jnp.take_along_axis(costs.to_go, flat, axis=-1).reshape(about.number.shape)
+                flat = number.reshape(*costs.value.shape, -1)
+                cost = jnp.take_along_axis(costs.to_go, flat, axis=-1).reshape(number.shape)
             elif costs.baselines is not None:
-                cost = cost - spread_over(costs.baselines, about.number)
+                cost = cost - spread_over(costs.baselines, number)
             total += self.multiplied(cost - self.baseline(name, cost), score).sum(axis=tuple(range(2, score.ndim)))
         if costs.inner is not None:
             total += self.multiplied(costs.value - self.others(costs.value), costs.inner)
@@ -254,10 +251,3 @@ class _Estimate:
                 by_element = self.multiplied(coefficient * (plus - minus), parameter)
                 total += by_element.sum(axis=tuple(range(1, by_element.ndim)))
         return total
-
-
-def _mapped(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn` over leading axes; over those of one element without a batch dimension."""
-    if jax.tree.leaves(args)[0].shape[0] > 1:
-        return jax.vmap(fn)(*args)
-    return jax.tree.map(lambda x: x[None], fn(*jax.tree.map(lambda x: x[0], args)))

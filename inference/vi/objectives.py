@@ -197,7 +197,8 @@ def sleep_phase(prior: Any, guide: Any, guide_args: Callable[..., tuple[Any, ...
     def objective(rng_key: Array, *args: Any) -> Array:
         def cost(trace: Trace) -> Array:
             trace = jax.lax.stop_gradient(trace)
-            return log_density(guide, trace.only(_random(guide, guide_args(trace, *args))), *guide_args(trace, *args)).nats
+            inputs = guide_args(trace, *args)
+            return log_density(guide, trace.only(_random(guide, inputs), jnp.float32(0)), *inputs).nats
 
         return expectation(cost, prior, num_samples=num_samples)(rng_key, *jax.lax.stop_gradient(args))
 
@@ -223,7 +224,6 @@ def others_mean(log_w: Array) -> Array:
     mean = (log_w.sum() - log_w) / (count - 1)
     replaced = jnp.where(jnp.eye(count, dtype=bool), mean[:, None], log_w[None, :])
     return log_mean_exp(replaced)
-
 
 
 def _doubly(model: Any, guide: Any, traces: Trace, args: tuple[Any, ...]) -> Array:

@@ -1,7 +1,7 @@
 """Traces that a guide draws, and densities of programs at them, inside differentiated functions."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from latentrace.ppl.errors import SiteError, SiteNameError, near_misses
 from latentrace.ppl.interpreter import Interpreter, first_state
 from latentrace.ppl.notes import About, Notes, split_notes
 from latentrace.ppl.program import as_program
-from latentrace.ppl.run import Arrays, Settings, arrays_of, label_values, runner
+from latentrace.ppl.run import Arrays, Settings, arrays_of, given_arrays, label_values, runner
 from latentrace.ppl.staging import Staged, random_sites, stage, trace_eqns
 
 from .estimators import Estimator, MeasureValued, ScoreFunction, default
@@ -31,7 +31,7 @@ side_by_side: ContextVar[bool] = ContextVar("side_by_side", default=False)
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "returned", "log_density", "numbers", "active"],
+    data_fields=["values", "returned", "log_density", "log_q", "numbers", "active"],
     meta_fields=["plan", "many"],
 )
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Trace:
     returned: Any
     log_density: LogDensity
     """of the guide, differentiable in its parameters and through reparameterised values"""
+    log_q: dict[str, Array]
+    """of each choice by site, float32, nats: an axis for each loop and plate, and of tokens last for a text"""
     numbers: dict[str, Array]
     """int32: which of the trace's choices each is"""
     active: dict[str, Array]
@@ -50,13 +52,11 @@ class Trace:
     plan: "Plan"
     many: bool = False
 
-    def only(self, names: Collection[str]) -> "Trace":
-        """The same with the values of some sites, and no density."""
+    def only(self, names: Collection[str], nats: Array) -> "Trace":
+        """The same with the values of some sites alone, and their log density."""
         part = lambda found: {name: x for name, x in found.items() if name in names}
-        nothing = LogDensity(jnp.zeros_like(self.log_density.nats))
-        return replace(
-            self, values=part(self.values), numbers=part(self.numbers), active=part(self.active), log_density=nothing
-        )
+        rest = {what: part(getattr(self, what)) for what in ("values", "log_q", "numbers", "active")}
+        return replace(self, log_density=LogDensity(nats), **rest)
 
 
 class Plan:
@@ -197,6 +197,8 @@ class Drawn(NamedTuple):
     active: dict[str, Array]
     returned: list[Array]
     about: dict[str, About]
+    log_weight: Array
+    """float32[], nats: the density of given values, if there are"""
 
 
 def stage_guide(guide: Any, args: tuple[Any, ...]) -> Staged:
@@ -221,24 +223,31 @@ def stage_guide(guide: Any, args: tuple[Any, ...]) -> Staged:
     return staged
 
 
-def draw_traces(staged: Staged, plan: Plan, drafts: Draft, size: int) -> Drawn:
-    """`size` traces, one for each draft (leading axis). Texts are drawn first, by one decoding loop for all, and then read by one
-    differentiable pass."""
+def draw_traces(staged: Staged, plan: Plan, drafts: Draft, size: int, given: Mapping[str, Any] | None = None) -> Drawn:
+    """`size` traces, one for each draft (leading axis), with some values given to all. Texts are drawn first, by one decoding loop
+    for all traces, and then read by one differentiable pass."""
     arrays, skeleton = arrays_of(staged), staged.skeleton()
-    texts = {name: Redrawn(tokens) for name, tokens in _texts(skeleton, arrays, plan, drafts, size).items()}
+    known = given_arrays(staged, given or {})
+    texts = {name: Redrawn(tokens) for name, tokens in _texts(skeleton, arrays, plan, drafts, size, known).items()}
 
     def one(draft: Draft, texts: dict[str, Redrawn]) -> Drawn:
         state = first_state(skeleton, _models(skeleton, arrays), Estimated(*draft, plan), jnp.int32(0))
-        run = interpreter(skeleton, arrays, state, texts)
+        run = interpreter(skeleton, arrays, state, {**texts, **known})
         run.notes, run.is_density = Notes(more=plan.more), False
         cells = run.walk(skeleton.jaxpr, [run.frame.put(x) for x in arrays.inputs])
         values, about = split_notes({name: run.frame.get(v) for name, (v, _) in run.records.items()})
         active = {name: run.frame.get(a) for name, (_, a) in run.records.items() if name in values}
-        return Drawn(values, active, [jnp.asarray(run.frame.get(c)) for c in cells], about)
+        returned = [jnp.asarray(run.frame.get(c)) for c in cells]
+        return Drawn(values, active, returned, about, run.state.log_weight)
 
-    if size > 1:
-        return jax.vmap(one)(drafts, texts)
-    return jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], (drafts, texts))))
+    return over_leading(one, drafts, texts)  # type: ignore[no-any-return]
+
+
+def over_leading(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn` over the leading axis; over that of one element without a batch dimension."""
+    if jax.tree.leaves(args)[0].shape[0] > 1:
+        return jax.vmap(fn)(*args)
+    return jax.tree.map(lambda x: x[None], fn(*jax.tree.map(lambda x: x[0], args)))
 
 
 def trace_of(staged: Staged, plan: Plan, drawn: Drawn) -> Trace:
@@ -250,21 +259,33 @@ def trace_of(staged: Staged, plan: Plan, drawn: Drawn) -> Trace:
         for name in plan.random:
             about = drawn.about[name]
             by_choice = by_choice.at[about.number + 1].add(jax.lax.stop_gradient(about.log_q))
+    log_qs = {name: drawn.about[name].log_q for name in plan.random}
     numbers = {name: drawn.about[name].number for name in plan.random}
     active = {name: drawn.active[name] for name in plan.random}
     returned = staged.out_tree.unflatten(drawn.returned)
-    return Trace(label_values(staged, drawn.values), returned, LogDensity(log_q, by_choice), numbers, active, plan)
+    return Trace(label_values(staged, drawn.values), returned, LogDensity(log_q, by_choice), log_qs, numbers, active, plan)
 
 
-def _texts(staged: Staged, arrays: Arrays, plan: Plan, drafts: Draft, size: int) -> dict[str, Array]:
+def _texts(staged: Staged, arrays: Arrays, plan: Plan, drafts: Draft, size: int, given: dict[str, Array]) -> dict[str, Array]:
     """Tokens of the guide's texts, drawn without gradient."""
     names = [name for name in plan.random if name not in plan.equations]
     if not names:
         return {}
-    fixed = jax.lax.stop_gradient((arrays, drafts))
+    fixed = jax.lax.stop_gradient((arrays, given, drafts))
     run = runner(staged, Settings(size, Source(plan), many=side_by_side.get()))
-    output = run(jax.random.key(0), jnp.int32(0), fixed[0], {}, fixed[1])
+    output = run(jax.random.key(0), jnp.int32(0), *fixed)
     return {name: output.values[name][0] for name in names}
+
+
+def scores(plan: Plan, about: Mapping[str, About]) -> dict[str, Array]:
+    """Of sites that are not reparameterised, what the cost of each choice is multiplied by; axes as in `Trace.log_q`."""
+    found = {}
+    for name in plan.random:
+        if name not in plan.equations:  # a text
+            found[name] = about[name].log_q
+        elif "score" in about[name].more:
+            found[name] = about[name].more["score"]
+    return found
 
 
 def _models(staged: Staged, arrays: Arrays) -> list[Any]:

@@ -24,25 +24,36 @@ class Visits(NamedTuple):
 
 
 def exact_expectation(
-    fn: Callable[[Any], Any], visits: dict[str, tuple[int, ...]], monkeypatch: Any, *, traces_drawn: int = 1, grid: int = 4
+    fn: Callable[[Any], Any],
+    visits: dict[str, tuple[int, ...]],
+    monkeypatch: Any,
+    *,
+    traces_drawn: int = 1,
+    inside: dict[str, tuple[int, ...]] | None = None,
+    inside_drawn: int = 1,
+    grid: int = 4,
 ) -> Any:
     """The mean of fn(rng_key) over all random choices of sites that are visited so often (dimensions of loops, plates and tokens)
-    by each of `traces_drawn` traces."""
+    by each of `traces_drawn` traces, and of those `inside` the expectation's function."""
     offsets, total = {}, 0
-    for name, dims in visits.items():
-        offsets[name] = total
-        total += math.prod(dims) * traces_drawn
+    for level, (sites, count) in enumerate([(visits, traces_drawn), (inside or {}, inside_drawn)]):
+        for name, dims in sites.items():
+            offsets[level, name] = total, dims
+            total += math.prod(dims) * count
 
     class Grid(NamedTuple):
         rng_key: Any
         trace: Any
 
+        level = 0
+
         def uniform(self, site: Any, step: Any = None) -> Any:
             path = (*site.path, *([] if step is None else [step]))
+            offset, dims = offsets[self.level, site.name]
             place = self.trace
-            for index, size in zip(path, visits[site.name], strict=True):
+            for index, size in zip(path, dims, strict=True):
                 place = place * size + index
-            digit = jax.random.key_data(self.rng_key)[-1] // grid ** (offsets[site.name] + place) % grid
+            digit = jax.random.key_data(self.rng_key)[-1] // grid ** (offset + place) % grid
             return (digit + 0.5) / grid
 
         def pick(self, probs: Any, u: Any) -> Any:
@@ -60,16 +71,20 @@ def exact_expectation(
         def value(self, site, distribution, number):
             support = distribution.enumerate_support()
             probs = jnp.exp(jax.vmap(distribution.log_prob)(support))
-            if site.name not in visits:  # enumerated: replaced by whoever enumerates
+            if (self.level, site.name) not in offsets:  # enumerated: replaced by whoever enumerates
                 return support[0], self
             return support[self.pick(probs, self.uniform(site))], self
 
         def token(self, site, step, logits, number):
             return self.pick(jax.nn.softmax(logits), self.uniform(site, step)).astype(jnp.int32), self
 
+    class Inside(Grid):
+        level = 1
+
     worlds = grid**total
     assert worlds <= 2**20, f"{worlds} worlds are too many"
     monkeypatch.setattr("latentrace.inference.vi.expectations.Keyed", Grid)
+    monkeypatch.setattr("latentrace.inference.vi.marginals.Keyed", Inside)
     monkeypatch.setattr(randomness.Inner, "next_key", lambda self: self.rng_key)
     key_of = lambda world: jax.random.wrap_key_data(jnp.stack([jnp.uint32(0), world.astype(jnp.uint32)]))
     mean = lambda worlds: jax.tree.map(lambda x: x.mean(axis=0), jax.vmap(lambda w: fn(key_of(w)))(worlds))

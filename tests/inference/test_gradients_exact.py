@@ -24,7 +24,9 @@ def dependent():
     @ppl.program
     def guide(w):
         a = ppl.sample("a", coin(0.25, w[0]))
-        probs = jnp.where(a == 1, jnp.array([0.5, 0.25, 0.25]), jnp.array([0.25, 0.25, 0.5])) + w[1] * jnp.array([1.0, -3.0, 2.0])
+        probs = jnp.where(a == 1, jnp.array([0.5, 0.25, 0.25]), jnp.array([0.25, 0.25, 0.5])) + w[1] * jnp.array(
+            [1.0, -3.0, 2.0]
+        )
         b = ppl.sample("b", dist.Categorical(probs))
         ppl.sample("c", coin(jnp.where(b == 2, 0.75, 0.5), (w[2] + w[0]) * (1 + a)))
 
