@@ -129,13 +129,15 @@ def accuracy(params, problems, samples, seed=0):
 
     del lines
     lm = lm_of(params)
+
     @ppl.program
     def write(item):
         return ppl.generate("text", ppl.prompt(lm, item, pad_to=PROMPT), max_tokens=THOUGHT + HINT)[0]
 
     found = []
     posteriors = inference.ImportanceSampling(samples).run_many(
-        jax.random.key(seed), write, [(word_problems.format_prompt(q),) for q in problems], progress=False)
+        jax.random.key(seed), write, [(word_problems.format_prompt(q),) for q in problems], progress=False
+    )
     for question, posterior in zip(problems, posteriors):
         found.append(np.mean([word_problems.verify(question, text) for text in posterior.returned.decode()]))
     return np.asarray(found)
@@ -144,14 +146,27 @@ def accuracy(params, problems, samples, seed=0):
 if __name__ == "__main__":
     pool = training_problems(8000, 1)
     held = word_problems.problems(77, 100)
-    t=time.time(); acc = accuracy(BASE, held, 8); print("base", acc.mean(), bootstrap_interval(acc), time.time()-t, flush=True)
+    t = time.time()
+    acc = accuracy(BASE, held, 8)
+    print("base", acc.mean(), bootstrap_interval(acc), time.time() - t, flush=True)
     start = {"model": BASE, "guide": BASE}
     data = jax.tree.map(jnp.asarray, pool)
     for name, loss, steps, K in (("rft", rejection_loss, 60, 8), ("kl", forward_kl_loss, 60, 8), ("bound", bound_loss, 60, 8)):
         t = time.time()
         mean = vi.mean_over(loss(K))
-        f = learning.fit(lambda k, p, b: mean(k, p, b), start, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4)), num_steps=steps, rng_key=jax.random.key(3), data=data, batch_size=32, segment=20,
-            on_segment=lambda f: print(name, float(f.losses[-20:].mean()), time.time()-t, flush=True))
+        f = learning.fit(
+            lambda k, p, b: mean(k, p, b),
+            start,
+            optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4)),
+            num_steps=steps,
+            rng_key=jax.random.key(3),
+            data=data,
+            batch_size=32,
+            segment=20,
+            on_segment=lambda f: print(name, float(f.losses[-20:].mean()), time.time() - t, flush=True),
+        )
         if name != "kl":
-            acc = accuracy(f.params["model"], held, 8); print(name, acc.mean(), bootstrap_interval(acc), time.time()-t, flush=True)
-        if name == "kl": start = f.params
+            acc = accuracy(f.params["model"], held, 8)
+            print(name, acc.mean(), bootstrap_interval(acc), time.time() - t, flush=True)
+        if name == "kl":
+            start = f.params
