@@ -1,6 +1,7 @@
 """Variational inference: objectives are expectations of what programs say of a guide's traces."""
 
 from .autoguide import AutoGuide
+from .bounds import evidence_bounds
 from .density import log_density
 from .estimators import (
     AcceptReject,
@@ -41,6 +42,7 @@ __all__ = [
     "Trace",
     "chi_squared",
     "elbo",
+    "evidence_bounds",
     "expectation",
     "flow",
     "forward_kl",
