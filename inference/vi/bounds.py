@@ -37,7 +37,9 @@ def evidence_bounds(model: Any, guide: Any, num_traces: int) -> Callable[..., tu
 
     def bounds(rng_key: Array, exact: Mapping[str, Any], *args: Any) -> tuple[Array, Array]:
         below, above = jax.random.split(rng_key)
-        lower = expectation(lambda traces: log_mean_exp(log_weights(model, traces, args)), guide, num_traces=num_traces)(below, *args)
+        lower = expectation(lambda traces: log_mean_exp(log_weights(model, traces, args)), guide, num_traces=num_traces)(
+            below, *args
+        )
         own = (log_density(model, exact, *args) - log_density(guide, exact, *args)).nats
         if num_traces == 1:
             return lower, own
@@ -45,4 +47,3 @@ def evidence_bounds(model: Any, guide: Any, num_traces: int) -> Callable[..., tu
         return lower, expectation(among, guide, num_traces=num_traces - 1)(above, *args)
 
     return bounds
-

@@ -44,14 +44,17 @@ class Expectation:
     estimators: Mapping[str, Estimator] = field(default_factory=dict)
     num_traces: int | None = None
     num_samples: int = 1
+    has_aux: bool = False
 
-    def __call__(self, rng_key: Array, *args: Any) -> Array:
+    def __call__(self, rng_key: Array, *args: Any) -> Any:
         """An unbiased estimate float32[], whose gradient is an unbiased estimate of the gradient; `args` are the guide's."""
         fn, guide, num_traces = self.fn, self.guide, self.num_traces
         while hasattr(guide, "around"):  # a distribution made of a program
             fn, guide, num_traces = guide.around(fn, num_traces, args)
         staged = stage_guide(guide, args)
-        return _Estimate(rng_key, fn, staged, Plan(staged, self.estimators), num_traces, self.num_samples).value()
+        plan = Plan(staged, self.estimators)
+        value, aux = _Estimate(rng_key, fn, staged, plan, num_traces, self.num_samples, self.has_aux).value()
+        return (value, aux) if self.has_aux else value
 
 
 def expectation(
@@ -61,6 +64,7 @@ def expectation(
     estimators: Mapping[str, Estimator] | None = None,
     num_traces: int | None = None,
     num_samples: int = 1,
+    has_aux: bool = False,
 ) -> Expectation:
     """E[fn(trace)] over traces that `guide` draws: a function `(rng_key, *args) -> float32[]`, `args` being the guide's.
 
@@ -90,10 +94,12 @@ def expectation(
         guide: a program without observations, or a distribution made of one (`marginal`, `normalize`).
         estimators: by site; by default `Reparameterised` where that exists, else `ScoreFunction`.
         num_samples: independent evaluations to average, which serve each other as baselines.
+        has_aux: whether `fn` returns a pair of its value and something else, a pytree of arrays, whose mean comes back beside the
+            estimate.
 
     Raises `SiteError` where an estimator does not suit its site, and for a guide that weighs its traces.
     """
-    return Expectation(fn, guide, dict(estimators or {}), num_traces, num_samples)
+    return Expectation(fn, guide, dict(estimators or {}), num_traces, num_samples, has_aux)
 
 
 class _Costs(NamedTuple):
@@ -106,6 +112,8 @@ class _Costs(NamedTuple):
     """float32[S, V, K], of each trace"""
     inner: Array | None
     """float32[S, V]: scores of randomness in the function itself"""
+    aux: Any
+    """what else it returns"""
 
 
 class _Estimate:
@@ -119,20 +127,23 @@ class _Estimate:
         plan: Plan,
         num_traces: int | None,
         num_samples: int,
+        has_aux: bool,
     ):
         self.rng_key, self.fn, self.staged, self.plan = rng_key, fn, staged, plan
         self.joint, self.traces, self.samples = num_traces is not None, num_traces or 1, num_samples
+        self.has_aux = has_aux
 
-    def value(self) -> Array:
-        """The surrogate whose value is the estimate, and whose gradient is that of the expectation."""
+    def value(self) -> tuple[Array, Any]:
+        """The surrogate whose value is the estimate, and whose gradient is that of the expectation; and what else there is."""
         fixed, nonzero, variants = self.combinations()
         drawn = self.draw(fixed, variants)
         costs = self.costs(drawn)
         surrogate = costs.value + self.scored(drawn, costs)
+        weights = self.weights(drawn, nonzero) if fixed else jnp.ones(surrogate.shape)
         if fixed:
-            weights = self.weights(drawn, nonzero)
             surrogate = jnp.where(weights > 0, weights * surrogate, 0.0)
-        return (surrogate.sum(axis=1) + self.differences(drawn)).mean()
+        aux = jax.tree.map(lambda x: (spread_over(weights, x) * x).sum(axis=1).mean(axis=0), costs.aux)
+        return (surrogate.sum(axis=1) + self.differences(drawn)).mean(), jax.lax.stop_gradient(aux)
 
     def combinations(self) -> tuple[Fixed, dict[str, np.ndarray], int]:
         """All values of the enumerated sites, with leading axes [V, K], where they are not the first of the support, and V."""
@@ -188,7 +199,9 @@ class _Estimate:
 
     def checked(self, found: Any, inner: Any) -> _Costs:
         """What the function returned, taken apart."""
-        baselines = None
+        baselines, aux = None, ()
+        if self.has_aux:
+            found, aux = found
         if isinstance(found, Controlled):
             found, baselines = found.value, found.baselines
             if jnp.shape(baselines) != (self.traces,):
@@ -198,7 +211,7 @@ class _Estimate:
         value, to_go = (found.nats, found.to_go()) if isinstance(found, LogDensity) else (found, None)
         if jnp.shape(value) != ():
             raise SiteError(f"the function of an expectation must return one number, found shape {jnp.shape(value)}; reduce it")
-        return _Costs(jnp.asarray(value, jnp.float32), None if self.joint else to_go, baselines, inner)
+        return _Costs(jnp.asarray(value, jnp.float32), None if self.joint else to_go, baselines, inner, aux)
 
     def scored(self, drawn: Drawn, costs: _Costs) -> Array:
         """float32[S, V]: 0, with the gradient that comes through choices that are not reparameterised."""

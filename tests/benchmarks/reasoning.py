@@ -1,172 +1,155 @@
 """Learning to reason from answers alone: the shipped reasoner on arithmetic word problems.
 
-Of a training problem only the answer is known; what leads to it is latent. Compared at equal numbers of generated tokens, on held-out
-problems:
+What leads from a training problem to its answer is latent. Compared on held-out problems, at equal numbers of generated tokens:
 
-- rejection-sampling fine-tuning: the model's own texts that end in the right answer are learned by maximum likelihood;
-- the bound of K traces (`vi.iwae`), which a guide draws that knows the answer. The guide, the same model with the answer in its prompt,
-  learns by forward KL from the model's own traces, weighted by how likely the answer is after them, and then from its own.
+- rejection-sampling fine-tuning: of the model's own texts those with the right answer are learned, by maximum likelihood;
+- the bound of K traces (the gradient of `vi.iwae` for the model), drawn by a guide that has read the answer. The guide learns by
+  forward KL: first from the model's own thoughts, weighted by how likely the answer is after each, then from its own.
 
-    python tests/benchmarks/reasoning.py
+    python tests/benchmarks/reasoning.py --tokens 1500000
 """
 
 import argparse
 import random
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from latentrace import inference, models, ppl
 from latentrace.inference import learning, vi
-from latentrace.models.reasoner import word_problems
+from latentrace.models.reasoner import answers, word_problems
 from latentrace.models.reasoner.evaluate import bootstrap_interval
-from latentrace.models.reasoner.tokenizer import ANSWER, TOKEN_ID
-from latentrace.models.transformer import TransformerLM
 
 LM = models.load("reasoner")
-THOUGHT, PROMPT, HINT = 56, word_problems.PROMPT_TOKENS, 4
-BASE = jax.tree.leaves(LM)
-TREE = jax.tree.structure(LM)
+BASE, TREE = jax.tree.flatten(LM)
 
 
-def lm_of(params):
-    return TREE.unflatten(params)
+def lms(params):
+    return TREE.unflatten(params["model"]), TREE.unflatten(params["guide"])
 
 
-@ppl.program
-def model(lm, guide_lm, item):
-    """A thought up to the word before the answer, and the answer, which is known."""
-    _, context = ppl.generate("thought", ppl.prompt(lm, item["prompt"]), max_tokens=THOUGHT, until=[TOKEN_ID[ANSWER]])
-    ppl.score("answer", context, item["answer"])
+def tokens_of(traces):
+    return sum(text.length.sum() for text in traces.values.values()).astype(jnp.float32)
 
 
-@ppl.program
-def thinking(lm, guide_lm, item):
-    """The same without the answer."""
-    ppl.generate("thought", ppl.prompt(lm, item["prompt"]), max_tokens=THOUGHT, until=[TOKEN_ID[ANSWER]])
+def rejection(params, traces, item):
+    """Less the mean log probability of texts with the right answer, others counting as 0."""
+    right = (traces.values["answer"].tokens == item["answer"]).all(axis=-1)
+    log_p = vi.log_density(answers.answering, traces, *lms(params), item).nats
+    return -jnp.where(right, log_p, 0.0).mean()
 
 
-@ppl.program
-def guide(lm, guide_lm, item):
-    """A thought by a model that has read the answer."""
-    ppl.generate("thought", ppl.prompt(guide_lm, item["hinted"]), max_tokens=THOUGHT, until=[TOKEN_ID[ANSWER]])
+def forward_kl(params, thoughts, item):
+    """Less the guide's log density of the model's thoughts, weighted by how likely the answer is after each."""
+    log_w = (vi.log_density(answers.answered, thoughts, *lms(params), item) - thoughts.log_density).nats
+    log_q = vi.log_density(answers.hinted, thoughts, *lms(params), item).nats
+    return -(jax.lax.stop_gradient(jax.nn.softmax(log_w)) * log_q).sum()
 
 
-@ppl.program
-def solving(lm, item):
-    """A thought and an answer."""
-    _, context = ppl.generate("thought", ppl.prompt(lm, item["prompt"]), max_tokens=THOUGHT, until=[TOKEN_ID[ANSWER]])
-    ppl.generate("answer", context, max_tokens=HINT)
+def bound(params, thoughts, item):
+    """Both phases of reweighted wake-sleep from the guide's thoughts."""
+    log_p = vi.log_density(answers.answered, thoughts, *lms(params), item).nats
+    log_q = vi.log_density(answers.hinted, thoughts, *lms(params), item).nats
+    return -(jax.lax.stop_gradient(jax.nn.softmax(log_p - log_q)) * (log_p + log_q)).sum()
 
 
-def training_problems(count, seed):
-    """Arrays of problems outside of every test set."""
-    rng = random.Random(seed)
-    prompts, hinted, answers = (np.full((count, size), -1, np.int32) for size in (PROMPT, PROMPT + HINT + 1, HINT))
-    for i in range(count):
-        question, solution = word_problems.generate(rng)
-        ids = [LM.start_id, *LM.encode(word_problems.format_prompt(question))]
-        answer = LM.encode(f" {solution.answer}\n")
-        prompts[i, : len(ids)] = ids
-        hint = [*ids, TOKEN_ID[ANSWER], *answer]
-        hinted[i, : len(hint)] = hint
-        answers[i] = [*answer, LM.eos_id]
-    return {"prompt": prompts, "hinted": hinted, "answer": answers}
+def loss_of(cost, drawer, num_traces):
+    """The mean of a cost over a batch of problems, of traces that the drawer draws as it is; and how many tokens it draws."""
 
+    def objective(rng_key, params, item):
+        of = lambda traces: (cost(params, traces, item), tokens_of(traces))
+        still = jax.lax.stop_gradient(lms(params))
+        return vi.expectation(of, drawer, num_traces=num_traces, has_aux=True)(rng_key, *still, item)
 
-def length(trace):
-    return jax.lax.stop_gradient(trace.values["thought"].length.sum() * 1.0)
-
-
-def forward_kl_loss(traces):
-    """The guide's, from the model's own thoughts: less the mean log density, weighted by how likely the answer is after each."""
-
-    def cost(params, item, drawn):
-        lm, guide_lm = lm_of(params["model"]), lm_of(params["guide"])
-        log_w = (vi.log_density(model, drawn, lm, guide_lm, item) - drawn.log_density).nats
-        weights = jax.nn.softmax(jax.lax.stop_gradient(log_w))
-        return -(weights * vi.log_density(guide, drawn, lm, guide_lm, item).nats).sum()
-
-    def loss(rng_key, params, item):
-        still = lm_of(jax.lax.stop_gradient(params["model"]))
-        of = lambda drawn: cost(params, item, drawn)
-        return vi.expectation(of, thinking, num_traces=traces)(rng_key, still, still, item)
+    def loss(rng_key, params, batch):
+        value, tokens = vi.mean_over(objective)(rng_key, params, batch)
+        return value, {"tokens": tokens * len(batch["prompt"])}
 
     return loss
 
 
-def bound_loss(traces):
-    """The model's: the bound of K thoughts of the guide; and the guide's: forward KL from the same thoughts."""
-
-    def loss(rng_key, params, item):
-        lm, guide_lm = lm_of(params["model"]), lm_of(params["guide"])
-        return -vi.wake_phase(model, guide, traces)(rng_key, lm, guide_lm, item)
-
-    return loss
+class Budget(Exception):
+    """Enough tokens have been generated."""
 
 
-def rejection_loss(traces):
-    """Maximum likelihood of the model's own texts with the right answer."""
+def train(name, loss, params, problems, arguments, tokens, steps):
+    """Until so many tokens are generated, or so many steps done; the parameters, and the tokens."""
+    spent, found, began = 0.0, [], time.perf_counter()
 
-    def loss(rng_key, params, item):
-        def cost(drawn):
-            right = (drawn.values["answer"].tokens == item["answer"]).all(axis=-1)
-            return -(right * vi.log_density(solving, drawn, lm_of(params["model"]), item).nats).sum() / traces
+    def watch(fit):
+        nonlocal spent
+        spent = float(np.sum(fit.stats["tokens"]))
+        found[:] = [fit]
+        print(f"  {name}: step {len(fit.losses)}, {spent:,.0f} tokens, loss {fit.losses[-20:].mean():.3f}, "
+              f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+        if spent >= tokens:
+            raise Budget
 
-        return vi.expectation(cost, solving, num_traces=traces)(rng_key, lm_of(jax.lax.stop_gradient(params["model"])), item)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(arguments.rate))
+    try:
+        learning.fit(loss, params, optimizer, num_steps=steps, rng_key=jax.random.key(arguments.seed), data=problems,
+                     batch_size=arguments.batch, segment=10, on_segment=watch, progress=False)  # fmt: skip
+    except Budget:
+        pass
+    return found[0].params, spent
 
-    return loss
 
-
-def accuracy(params, problems, samples, seed=0):
-    """float[problems]: the share of right samples for each held-out problem."""
-    from latentrace.models.reasoner.rollouts import lines
-
-    del lines
-    lm = lm_of(params)
+def accuracy(params, questions, samples, seed=0):
+    """float[N]: for each question the share of samples whose answer is right."""
+    lm = TREE.unflatten(params["model"])
 
     @ppl.program
-    def write(item):
-        return ppl.generate("text", ppl.prompt(lm, item, pad_to=PROMPT), max_tokens=THOUGHT + HINT)[0]
+    def write(prompt):
+        return ppl.generate("text", ppl.prompt(lm, prompt, pad_to=word_problems.PROMPT_TOKENS), max_tokens=60)[0]
 
-    found = []
-    posteriors = inference.ImportanceSampling(samples).run_many(
-        jax.random.key(seed), write, [(word_problems.format_prompt(q),) for q in problems], progress=False
-    )
-    for question, posterior in zip(problems, posteriors):
-        found.append(np.mean([word_problems.verify(question, text) for text in posterior.returned.decode()]))
-    return np.asarray(found)
+    prompts = [(word_problems.format_prompt(question),) for question in questions]
+    posteriors = inference.ImportanceSampling(samples).run_many(jax.random.key(seed), write, prompts, progress=False)
+    right = lambda question, posterior: np.mean([word_problems.verify(question, t) for t in posterior.returned.decode()])
+    return np.asarray([right(q, p) for q, p in zip(questions, posteriors)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=float, default=1.5e6, help="that each way may generate")
+    parser.add_argument("--problems", type=int, default=300, help="held out")
+    parser.add_argument("--samples", type=int, default=8, help="of each held-out problem")
+    parser.add_argument("--traces", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--guide-share", type=float, default=0.2, help="of the tokens for the guide's first phase")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ways", nargs="+", default=["rejection", "bound"])
+    arguments = parser.parse_args(argv)
+
+    rng = random.Random(arguments.seed + 1)
+    problems = jax.tree.map(jnp.asarray, answers.arrays(LM, [word_problems.generate(rng) for _ in range(20_000)]))
+    questions = word_problems.problems(1000 + arguments.seed, arguments.problems)
+    start, found = {"model": BASE, "guide": BASE}, {}
+    found["base"] = accuracy(start, questions, arguments.samples), 0.0
+    print(f"base {found['base'][0].mean():.3f}", flush=True)
+    if "rejection" in arguments.ways:
+        loss = loss_of(rejection, answers.answering, arguments.traces)
+        params, tokens = train("rejection", loss, start, problems, arguments, arguments.tokens, 100_000)
+        found["rejection-sampling fine-tuning"] = accuracy(params, questions, arguments.samples), tokens
+    if "bound" in arguments.ways:
+        first = loss_of(forward_kl, answers.thinking, arguments.traces)
+        share = arguments.tokens * arguments.guide_share
+        params, before = train("guide", first, start, problems, arguments, share, 100_000)
+        loss = loss_of(bound, answers.hinted, arguments.traces)
+        params, tokens = train("bound", loss, params, problems, arguments, arguments.tokens - before, 100_000)
+        found["bound of K traces"] = accuracy(params, questions, arguments.samples), before + tokens
+    print(f"\n{'':34}{'tokens':>12}{'accuracy':>10}{'95 %':>16}")
+    for name, (each, tokens) in found.items():
+        low, high = bootstrap_interval(each)
+        print(f"{name:34}{tokens:12,.0f}{each.mean():10.3f}{low:8.3f}-{high:.3f}")
+    if len(found) == 3:
+        one, other = (found[name][0] for name in ("bound of K traces", "rejection-sampling fine-tuning"))
+        low, high = bootstrap_interval(one - other)
+        print(f"difference of the two, problem by problem: {(one - other).mean():.3f} ({low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":
-    pool = training_problems(8000, 1)
-    held = word_problems.problems(77, 100)
-    t = time.time()
-    acc = accuracy(BASE, held, 8)
-    print("base", acc.mean(), bootstrap_interval(acc), time.time() - t, flush=True)
-    start = {"model": BASE, "guide": BASE}
-    data = jax.tree.map(jnp.asarray, pool)
-    for name, loss, steps, K in (("rft", rejection_loss, 60, 8), ("kl", forward_kl_loss, 60, 8), ("bound", bound_loss, 60, 8)):
-        t = time.time()
-        mean = vi.mean_over(loss(K))
-        f = learning.fit(
-            lambda k, p, b: mean(k, p, b),
-            start,
-            optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4)),
-            num_steps=steps,
-            rng_key=jax.random.key(3),
-            data=data,
-            batch_size=32,
-            segment=20,
-            on_segment=lambda f: print(name, float(f.losses[-20:].mean()), time.time() - t, flush=True),
-        )
-        if name != "kl":
-            acc = accuracy(f.params["model"], held, 8)
-            print(name, acc.mean(), bootstrap_interval(acc), time.time() - t, flush=True)
-        if name == "kl":
-            start = f.params
+    main()
