@@ -109,18 +109,19 @@ def draw_examples(
     ...     draw_examples(jax.random.key(0), lm, ["", ""], long, num_texts=5, max_tokens=4).features.shape
     (2, 5, 4, 3)
     """
+    if not len(prompts):
+        raise SiteError("draw_examples: `prompts` is empty; give at least one text or list of token ids")
     ids = [token_ids(lm, prompt) for prompt in prompts]
-    problems = [(lm, prompt, max_tokens, until, twist) for prompt in _padded(ids)]
+    problems = [(lm, prompt, max_tokens, until, twist) for prompt in _padded(ids, ppl.text.PAD)]
     found = SMC(num_texts, ess_threshold=0.0).run_many(rng_key, write, problems, at_once=at_once, progress=progress)
-    parts = []
-    for b, posterior in enumerate(found):
-        texts = posterior.values["text"]
-        parts.append(examples_of(lm, ids[b], texts, log_phi(b, texts), twist, pad_to=max(map(len, ids))))
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)  # type: ignore[no-any-return]
+    texts = [posterior.values["text"] for posterior in found]
+    potentials = np.stack([_checked(log_phi(b, text), num_texts) for b, text in enumerate(texts)])
+    tokens, length = (jnp.asarray(np.stack([getattr(text, name) for text in texts])) for name in ("tokens", "length"))
+    return _examples(lm, twist, ids, tokens, length, potentials)
 
 
 def examples_of(
-    lm: LanguageModel, prompt: Any, texts: ppl.Text, log_phi: Any, twist: LearnedTwist | None = None, *, pad_to: int = 0
+    lm: LanguageModel, prompt: Any, texts: ppl.Text, log_phi: Any, twist: LearnedTwist | None = None
 ) -> TwistExamples:
     """Examples from texts that are there: those of a posterior, or that somebody wrote.
 
@@ -130,17 +131,27 @@ def examples_of(
         prompt: what precedes them: a text or token ids.
         texts: a `Text` with a leading axis of N.
         log_phi: float[N], nats.
-        pad_to: tokens that the prompt is padded to, so that prompts of several lengths share what is compiled.
     """
-    ids = token_ids(lm, prompt)
+    potentials = _checked(log_phi, texts.length.shape[0])
+    return _examples(lm, twist, [token_ids(lm, prompt)], jnp.asarray(texts.tokens), jnp.asarray(texts.length), potentials)
+
+
+def _checked(log_phi: Any, num_texts: int) -> np.ndarray:
+    """Potentials of the texts of one prompt."""
     log_phi = np.asarray(log_phi, np.float32)
-    if log_phi.shape != texts.length.shape:
-        raise SiteError(f"log_phi must be float[{texts.length.shape[0]}], one for each text, found shape {list(log_phi.shape)}")
-    if np.isnan(log_phi).any() or (log_phi == np.inf).any():
+    if log_phi.shape != (num_texts,):
+        raise SiteError(f"log_phi must be float[{num_texts}], one for each text, found shape {list(log_phi.shape)}")
+    if not (log_phi < np.inf).all():
         raise SiteError(f"log_phi must be nats, -inf where a text is refused; found {log_phi[~(log_phi < np.inf)][0]}")
-    context = jnp.zeros(max(pad_to, len(ids)), jnp.int32).at[: len(ids)].set(ids)
-    tokens, length = jnp.asarray(texts.tokens), jnp.asarray(texts.length)
-    features, log_p, log_q = _read(lm, twist, context, jnp.int32(len(ids)), tokens, length)
+    return log_phi
+
+
+def _examples(
+    lm: LanguageModel, twist: LearnedTwist | None, ids: list[np.ndarray], tokens: Array, length: Array, log_phi: np.ndarray
+) -> TwistExamples:
+    """Examples of texts [B, N, T] after B prompts; of one prompt also [N, T]."""
+    context, begin = jnp.asarray(_padded(ids, 0)), jnp.array([len(row) for row in ids])
+    features, log_p, log_q = _read(lm, twist, context, begin, tokens, length)
     return TwistExamples(features, tokens, length, log_p, log_q, jnp.asarray(log_phi))
 
 
@@ -148,19 +159,22 @@ def examples_of(
 def _read(
     lm: LanguageModel, twist: LearnedTwist | None, context: Array, begin: Array, tokens: Array, length: Array
 ) -> tuple[Array, Array, Array]:
-    """Features, log p and log q of texts [N, T] after the first `begin` tokens of a context: one pass over each."""
+    """Features, log p and log q of texts [..., T] after contexts [B, P], `begin` [B] tokens long: one pass over each."""
 
-    def one(text: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        tokens, length = text
-        places = begin + jnp.arange(tokens.shape[0])
-        whole = jnp.pad(context, (0, tokens.shape[0])).at[places].set(tokens)
+    def one(text: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        number, tokens, length = text
+        places = begin[number] + jnp.arange(tokens.shape[0])
+        whole = jnp.pad(context[number], (0, tokens.shape[0])).at[places].set(tokens)
         features = lm.forward(whole, empty_memory())[0][places - 1].astype(jnp.float32)
         logits, inside = lm.unembed(features), jnp.arange(tokens.shape[0]) < length
         paid = lambda logits: jnp.where(inside, _pick(jax.nn.log_softmax(logits), tokens), 0.0)
         log_q = paid(logits if twist is None else logits + jax.vmap(twist.log_potentials)(features))
         return features, paid(logits), log_q
 
-    return jax.lax.map(one, (tokens, length), batch_size=min(AT_ONCE, tokens.shape[0]))  # type: ignore[no-any-return]
+    numbers = jnp.arange(length.size) // (length.size // len(begin))
+    rows = numbers, tokens.reshape(-1, tokens.shape[-1]), length.reshape(-1)
+    found = jax.lax.map(one, rows, batch_size=min(AT_ONCE, length.size))
+    return jax.tree.map(lambda x: x.reshape(*length.shape, *x.shape[1:]), found)  # type: ignore[no-any-return]
 
 
 def _pick(x: Array, tokens: Array) -> Array:
@@ -175,7 +189,7 @@ def token_ids(lm: LanguageModel, prompt: Any) -> np.ndarray:
     return np.asarray(prompt if len(prompt) else [lm.start_id], np.int32)
 
 
-def _padded(rows: list[np.ndarray]) -> Array:
-    """int32[B, P]: prompts of one length, padded as `ppl.prompt` reads them."""
+def _padded(rows: list[np.ndarray], value: int) -> Array:
+    """int32[B, P]: token ids, padded to one length."""
     width = max(map(len, rows))
-    return jnp.asarray(np.stack([np.pad(row, (0, width - len(row)), constant_values=ppl.text.PAD) for row in rows]))
+    return jnp.asarray(np.stack([np.pad(row, (0, width - len(row)), constant_values=value) for row in rows]))
