@@ -114,6 +114,8 @@ def draw_examples(
     ids = [token_ids(lm, prompt) for prompt in prompts]
     problems = [(lm, prompt, max_tokens, until, twist) for prompt in _padded(ids, ppl.text.PAD)]
     found = SMC(num_texts, ess_threshold=0.0).run_many(rng_key, write, problems, at_once=at_once, progress=progress)
+    if None in found:  # what `run_many` makes of an interrupt
+        raise KeyboardInterrupt
     texts = [posterior.values["text"] for posterior in found]
     potentials = np.stack([_checked(log_phi(b, text), num_texts) for b, text in enumerate(texts)])
     tokens, length = (jnp.asarray(np.stack([getattr(text, name) for text in texts])) for name in ("tokens", "length"))
