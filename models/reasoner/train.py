@@ -111,7 +111,7 @@ def batch_loss(settings: Settings) -> Callable[..., tuple[Array, dict[str, Array
     def loss(rng_key: Array, params: Any, batch: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
         model = nnx.merge(graph, params)
         sums = {kind: trace_loss(model(rows.tokens[:, :-1]), *rows) for kind, rows in batch.items()}
-        total = sum(loss for loss, _ in sums.values()) / sum(count for _, count in sums.values())
+        total = jnp.stack([loss for loss, _ in sums.values()]).sum() / jnp.stack([count for _, count in sums.values()]).sum()
         return total, {kind: loss / count for kind, (loss, count) in sums.items()}
 
     return loss

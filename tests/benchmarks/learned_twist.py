@@ -104,7 +104,7 @@ def learn(lm: Any, holds: Any, args: argparse.Namespace) -> learning.AcceptanceT
     head = ppl.proposals.twist_head(jax.random.key(3), lm, (args.hidden,))
     # tokens that the model hardly ever writes are hardly ever learnt from: they begin as those of a text that fails
     head = replace(head, biases=(*head.biases[:-1], head.biases[-1] - 4.0))
-    loss_of_check = jax.jit(lambda twist: learning.acceptance_loss(jax.random.key(0), twist, check) / LENGTH)
+    loss_of = jax.jit(learning.acceptance_loss)
     found = learning.fit(
         learning.acceptance_loss,
         learning.AcceptanceTwist(head),
@@ -114,7 +114,7 @@ def learn(lm: Any, holds: Any, args: argparse.Namespace) -> learning.AcceptanceT
         data=data,
         batch_size=args.batch,
         segment=args.steps // 10,
-        validate=loss_of_check,
+        validate=lambda twist: loss_of(jax.random.key(0), twist, check) / LENGTH,
     )
     share = np.isfinite(check.log_phi).mean()
     constant = -share * np.log(share) - (1 - share) * np.log(1 - share)
