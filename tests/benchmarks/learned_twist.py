@@ -14,7 +14,8 @@ held-out puzzles, in one run:
 - spread: the mean over puzzles of the variance of the evidence estimate, which is an unbiased estimate of p(condition) either
   way. Best of N has p (1 - p) / N, so the ratio at equal N says how many times the particles it needs for equal error.
 
-Intervals are 95 %, bootstrap over puzzles.
+Intervals are 95 %, bootstrap over puzzles. The two need not agree: a twist that is wrong in places makes particles meet the
+condition and their weights uneven.
 """
 
 import argparse
