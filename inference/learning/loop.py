@@ -228,7 +228,8 @@ class Loop:
         """What a checkpoint has to agree with: the staged update, how it is run, the key, and every array that it reads."""
         read: Any = (self.state, self.data if self.asks is None else ())
         marks = {"rng_key": str(np.asarray(jax.random.key_data(self.keys.loss)).tolist())}
-        marks["settings"] = str((self.how.batch_size, self.how.accumulate, str(self.how.dtype), self.segment))
+        how = self.how.batch_size, self.how.accumulate, str(self.how.dtype), self.segment, self.validate is not None
+        marks["settings"] = str(how)
         if self.asks is None:
             stretch = self._stretch()
             marks["loss or optimizer"] = str(zlib.crc32(stretch.text().encode()))

@@ -8,18 +8,16 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
-from tqdm import tqdm
 
 from latentrace import models
+from latentrace.inference import learning
 from latentrace.models.reasoner import data, tokenizer
 from latentrace.models.tokenizer import Tokenizer
 from latentrace.models.transformer import Transformer, TransformerConfig, TransformerLM
@@ -106,26 +104,17 @@ def trace_loss(logits: Array, tokens: Array, paid: Array) -> tuple[Array, Array]
     return jnp.sum(losses * paid[:, 1:]), jnp.sum(paid[:, 1:])
 
 
-@cache
-def compiled_update(settings: Settings) -> Callable:
-    """The compiled update (params, opt_state, batch) -> (params, opt_state, losses).
+def batch_loss(settings: Settings) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """The loss of a batch, in nats per token, and that of each kind of sequence in it: `loss(rng_key, params, batch)`."""
+    graph = nnx.graphdef(new_model(settings))
 
-    Losses are in nats per token: "loss" of the whole batch, and by kind.
-    """
-    graph, transform = nnx.graphdef(new_model(settings)), optimizer(settings)
-
-    def loss_of(params, batch):
+    def loss(rng_key: Array, params: Any, batch: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
         model = nnx.merge(graph, params)
         sums = {kind: trace_loss(model(rows.tokens[:, :-1]), *rows) for kind, rows in batch.items()}
-        total = sum(loss for loss, _ in sums.values()) / sum(count for _, count in sums.values())
-        return total, {"loss": total} | {kind: loss / count for kind, (loss, count) in sums.items()}
+        total = jnp.stack([loss for loss, _ in sums.values()]).sum() / jnp.stack([count for _, count in sums.values()]).sum()
+        return total, {kind: loss / count for kind, (loss, count) in sums.items()}
 
-    def update(params, opt_state, batch):
-        (_, losses), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
-        updates, opt_state = transform.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, losses
-
-    return jax.jit(update, donate_argnums=(0, 1))
+    return loss
 
 
 def train(
@@ -143,57 +132,42 @@ def train(
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     _check_settings(settings, out / "settings.json")
-    table = data.training_table(settings.largest) if table is None else table
+    rows = data.training_table(settings.largest) if table is None else table
     model = new_model(settings)
-    params = initial_params(model)
-    opt_state = optimizer(settings).init(params)
-    update = compiled_update(settings)
     last = settings.steps if stop_at is None else min(stop_at, settings.steps)
-
-    with ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
-        start, state = _restore(manager, {"params": params, "opt_state": opt_state})
-        params, opt_state = state["params"], state["opt_state"]
-        _cut_metrics(out / "metrics.jsonl", start)
-        began = time.perf_counter()
-        with (out / "metrics.jsonl").open("a") as metrics, tqdm(total=last, initial=start, unit="step") as bar:
-            for step in range(start, last):
-                batch = data.batch(table, settings.sizes, settings.seed, step)
-                params, opt_state, losses = update(params, opt_state, batch)
-                done = step + 1
-                bar.update()
-                if done % log_every == 0 or done == last:
-                    record = {"step": done, "seconds": time.perf_counter() - began}
-                    record |= {name: float(loss) for name, loss in losses.items()}
-                    metrics.write(json.dumps(record) + "\n")
-                    metrics.flush()
-                    bar.set_postfix(loss=f"{record['loss']:.4f}")
-                if done % checkpoint_every == 0 or done == last:
-                    state = {"params": params, "opt_state": opt_state}
-                    manager.save(done, args=ocp.args.StandardSave(state))
-                    manager.wait_until_finished()  # the next update donates these buffers
-    return nnx.merge(nnx.graphdef(model), params)
+    found = learning.fit(
+        batch_loss(settings),
+        initial_params(model),
+        optimizer(settings),
+        num_steps=last,
+        rng_key=jax.random.key(settings.seed),
+        data=lambda step, rng_key, params: data.batch(rows, settings.sizes, settings.seed, step),
+        on_segment=_Log(out / "metrics.jsonl", log_every, last),
+        checkpoint=out / "checkpoints",
+        checkpoint_every=checkpoint_every,
+        progress=True,
+    )
+    if found.stopped:
+        raise KeyboardInterrupt
+    return nnx.merge(nnx.graphdef(model), found.params)
 
 
-def _restore(manager: ocp.CheckpointManager, state: Any) -> tuple[int, Any]:
-    """The newest readable checkpoint and its step; `state` and 0 where there is none.
+class _Log:
+    """Writes the losses of some steps to a file, which a run that goes on continues."""
 
-    An unreadable one is set aside under another name, and the one before is taken.
-    """
-    folder, broken = Path(manager.directory), []
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            return step, manager.restore(step, args=ocp.args.StandardRestore(state))
-        except Exception as error:  # whatever a damaged file makes Orbax raise
-            tqdm.write(f"{folder / str(step)} cannot be read ({type(error).__name__}); going back to the one before")
-            (folder / str(step)).rename(folder / f"unreadable-{step}-{time.time_ns()}")
-            manager.reload()
-            broken.append(step)
-    if broken:
-        raise ValueError(
-            f"none of the checkpoints {broken} under {folder} can be read; put one back under its step's name, or choose "
-            "another --out to start anew"
-        )
-    return 0, state
+    def __init__(self, path: Path, every: int, last: int):
+        self.path, self.every, self.last = path, every, last
+        self.began, self.goes_on = time.perf_counter(), False
+
+    def __call__(self, run: learning.Fit) -> None:
+        if not self.goes_on:
+            _cut_metrics(self.path, run.steps - 1)
+            self.goes_on = True
+        if run.steps % self.every == 0 or run.steps == self.last:
+            record = {"step": run.steps, "seconds": time.perf_counter() - self.began, "loss": float(run.losses[-1])}
+            record |= {kind: float(losses[-1]) for kind, losses in run.stats.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def _cut_metrics(path: Path, last: int) -> None:

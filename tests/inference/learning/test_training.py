@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +276,7 @@ class TestCheckpoints:
             ("loss or optimizer", {"loss": lambda key, params, batch: regression(key, params, batch)[0] * 2}),
             ("rng_key", {"rng_key": jax.random.key(4)}),
             ("settings", {"batch_size": 6}),
+            ("settings", {"validate": lambda params: 0.0}),
             ("arrays", {"data": {**DATA, "y": DATA["y"] + 1}}),
         ],
     )
@@ -307,16 +309,34 @@ def test_what_does_not_fit_is_refused(what, message):
         fit(**what)
 
 
-def test_pictures(tmp_path):
+class Handle(NamedTuple):
+    """What a notebook gives to change a picture that it shows."""
+
+    shown: list
+
+    def update(self, picture):
+        self.shown.append(picture)
+
+
+def test_pictures(tmp_path, monkeypatch):
     import matplotlib
+    import matplotlib.pyplot as plt
 
     matplotlib.use("Agg")
-    found = fit(segment=5, validate=lambda p: float(p["b"]), on_segment=lambda so_far: so_far.figure(tmp_path / "now.png"))
+    plt.close("all")
+    found = fit(
+        segment=5, validate=lambda p: float(p["b"]), on_segment=lambda so_far: plt.close(so_far.figure(tmp_path / "now.png"))
+    )
     drawing = found.figure(tmp_path / "curves.png")
     assert [panel.get_title(loc="left") for panel in drawing.axes] == ["loss", "bias"]
     assert (tmp_path / "curves.png").stat().st_size > 5000
-    assert plots.LiveCurves().every == 2.0
-    matplotlib.pyplot.close("all")
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda picture, display_id: shown.append(picture) or Handle(shown))
+    live = plots.LiveCurves(every=0.0)
+    live(found), live(found)
+    assert len(shown) == 2, "the second one takes the place of the first"
+    assert plt.get_fignums() == [drawing.number], "pictures that are shown are closed"
+    plt.close("all")
 
 
 DEVICES = """
