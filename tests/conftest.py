@@ -7,7 +7,7 @@ import jax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import programs`: models, programs and oracles
-CORE = ("ppl", "inference")
+CORE = {"ppl", "inference"}
 MAPS = 30_000
 """memory maps of a process, half of what Linux allows: a compiled program takes several, and one too many ends the process"""
 
@@ -15,7 +15,9 @@ MAPS = 30_000
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
     """The core's tests compile many small programs and run each a few times: halve the compile time."""
-    jax.config.update("jax_disable_most_optimizations", request.path.parent.name in CORE)
+    jax.config.update(
+        "jax_disable_most_optimizations", not CORE.isdisjoint(request.path.relative_to(Path(__file__).parent).parts)
+    )
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     maps = Path("/proc/self/maps")

@@ -15,6 +15,7 @@ from .helpers import transformer
 from .test_families import golden
 
 TOKENS = np.array([3, 5, 2, 7, 4, 9, 10, 2])
+SMALL = transformer(num_layers=1)
 KEY = jax.random.key(0)
 
 
@@ -27,18 +28,16 @@ def moved(params, seed=1):
 
 @ppl.program
 def likes_late_tokens(lm, prompt):
-    """Two texts, of which the first is liked to have late tokens."""
-    first, context = ppl.generate("first", ppl.prompt(lm, prompt), max_tokens=3)
-    ppl.factor("late", 0.1 * first.tokens.sum())
-    second, _ = ppl.generate("second", context, max_tokens=2)
-    return second
+    """A text, which is liked to have late tokens."""
+    text, _ = ppl.generate("text", ppl.prompt(lm, prompt), max_tokens=3)
+    ppl.factor("late", 0.1 * text.tokens.sum())
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
 def test_starts_at_the_base():
-    lm = transformer()
+    lm = SMALL
     adapted = models.LoRA(lm, 3).apply(models.LoRA(lm, 3).init(KEY))
     jax.tree.map(np.testing.assert_array_equal, adapted.weights, lm.weights)
     np.testing.assert_array_equal(adapted.logits(TOKENS), lm.logits(TOKENS))
@@ -69,7 +68,7 @@ def test_what_is_added():
 
 
 def test_gradients_reach_the_adapter_only():
-    lora = models.LoRA(transformer(), 3)
+    lora = models.LoRA(SMALL, 3)
     loss = lambda lora, params: lora.apply(params).logits(TOKENS)[:, 3].sum()
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
     of_base, of_params = gradients(lora, moved(lora.init(KEY)))
@@ -81,7 +80,7 @@ def test_gradients_reach_the_adapter_only():
 
 def test_a_program_takes_an_adapted_model():
     """As an argument: other parameters compile nothing, and the run is that of the merged weights."""
-    lm, prompt = transformer(), [2, 3, 4]
+    lm, prompt = SMALL, [2, 3, 4]
     lora = models.LoRA(lm, 2)
     params, smc = moved(lora.init(KEY)), inference.SMC(8)
     merged = jax.tree.map(jnp.asarray, lora.apply(params))
@@ -91,17 +90,17 @@ def test_a_program_takes_an_adapted_model():
     again = smc.run(KEY, likes_late_tokens, lora.apply(moved(params, 2)), prompt)
     assert run.traced == before
     expected = smc.run(KEY, likes_late_tokens, merged, prompt)
-    np.testing.assert_array_equal(found.values["first"].tokens, expected.values["first"].tokens)
+    np.testing.assert_array_equal(found.values["text"].tokens, expected.values["text"].tokens)
     assert len({first.log_evidence, found.log_evidence, again.log_evidence}) == 3
 
 
 def test_log_density_is_differentiable_in_an_adapter():
-    lora, prompt = models.LoRA(transformer(), 2), [2, 3, 4]
-    texts = {"first": [3, 5, 7], "second": [4, 3]}
-    density = lambda params: likes_late_tokens.log_density(texts, lora.apply(params), prompt)
+    lora, prompt = models.LoRA(SMALL, 2), [2, 3, 4]
+    text = {"text": [3, 5, 7]}
+    density = lambda params: likes_late_tokens.log_density(text, lora.apply(params), prompt)
 
     def by_hand(params):
-        ids = [*prompt, 3, 5, 7, 4, 3]
+        ids = [*prompt, 3, 5, 7]
         rows = jax.nn.log_softmax(lora.apply(params).logits(ids))
         return sum(rows[i - 1, ids[i]] for i in range(3, len(ids))) + 1.5
 
@@ -151,7 +150,7 @@ def test_adapters_that_peft_reads(case, tmp_path):
 
 
 def test_lora_errors(tmp_path):
-    lm = transformer()
+    lm = SMALL
     with pytest.raises(ValueError, match=r"target 'query' matches no matrix; each layer has .*self_attn.q_proj"):
         models.LoRA(lm, 2, targets=["q_proj", "query"])
     with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
@@ -178,12 +177,12 @@ def test_soft_prompt_reads_more_and_writes_no_more(tied):
     posterior, same = (
         inference.SMC(8).run(KEY, likes_late_tokens, lm, prompt) for lm, prompt in ((prompted, [*soft.ids, 2]), (lm, [4, 7, 2]))
     )
-    np.testing.assert_array_equal(posterior.values["first"].tokens, same.values["first"].tokens)
+    np.testing.assert_array_equal(posterior.values["text"].tokens, same.values["text"].tokens)
     assert posterior.log_evidence == pytest.approx(same.log_evidence, abs=1e-5)
 
 
 def test_gradients_reach_the_soft_prompt_only():
-    soft = models.SoftPrompt(transformer(), 2)
+    soft = models.SoftPrompt(SMALL, 2)
     loss = lambda soft, params: soft.apply(params).logits([*soft.ids, *TOKENS])[:, 3].sum()
     of_base, of_params = jax.grad(loss, argnums=(0, 1))(soft, soft.init(KEY))
     assert all(not np.asarray(x).any() for x in jax.tree.leaves(of_base))
@@ -191,12 +190,12 @@ def test_gradients_reach_the_soft_prompt_only():
 
 
 def test_log_density_is_differentiable_in_a_soft_prompt():
-    soft = models.SoftPrompt(transformer(), 2)
-    texts = {"first": [3, 5, 4], "second": [4, 3]}
-    density = lambda params: likes_late_tokens.log_density(texts, soft.apply(params), [*soft.ids, 2])
+    soft = models.SoftPrompt(SMALL, 2)
+    text = {"text": [3, 5, 4]}
+    density = lambda params: likes_late_tokens.log_density(text, soft.apply(params), [*soft.ids, 2])
 
     def by_hand(params):
-        ids = [*soft.ids, 2, 3, 5, 4, 4, 3]
+        ids = [*soft.ids, 2, 3, 5, 4]
         rows = jax.nn.log_softmax(soft.apply(params).logits(ids))
         return sum(rows[i - 1, ids[i]] for i in range(3, len(ids))) + 1.2
 
@@ -206,7 +205,7 @@ def test_log_density_is_differentiable_in_a_soft_prompt():
 
 
 def test_soft_prompt_files(tmp_path):
-    lm = transformer()
+    lm = SMALL
     soft = models.SoftPrompt(lm, 3)
     params = moved(soft.init(KEY))
     soft.save(params, tmp_path / "adapter")
@@ -221,7 +220,7 @@ def test_soft_prompt_files(tmp_path):
 
 
 def test_soft_prompt_errors(tmp_path):
-    lm = transformer()
+    lm = SMALL
     with pytest.raises(ValueError, match="length must be from 1 to less than the context of 64, not 64"):
         models.SoftPrompt(lm, 64)
     soft = models.SoftPrompt(lm, 2)
