@@ -113,9 +113,13 @@ def run_in_segments(
     return finish(staged, output, calls=calls, seconds=time.monotonic() - start, stopped=stopped)
 
 
+def plain(value: Any) -> str:
+    """How something is written, without the addresses of objects, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+|object at \S+", "", str(value))
+
+
 def fingerprint(staged: Staged, settings: Any, given: Mapping[str, Any], rng_key: Array) -> dict[str, str]:
     """What a checkpoint has to agree with: the program's structure, how it is run, the key, and every array that it reads."""
-    plain = lambda value: re.sub(r" at 0x[0-9a-f]+|object at \S+", "", str(value))
     data = 0
     for array in jax.tree.leaves((arrays_of(staged), given)):
         data = zlib.crc32(_to_bytes(jax.numpy.asarray(array)).data, data)

@@ -1,5 +1,6 @@
 """Pictures of a posterior's draws."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from .diagnostics import CutTable, Of, acceptance_by_cut, columns, correlations, mean_ess, rank_r_hat
 
 if TYPE_CHECKING:
+    from .learning.loop import Fit
     from .posterior import Posterior
 
 
@@ -33,6 +35,58 @@ def mixing(posterior: "Posterior", *of: Of, path: str | Path | None = None, **na
     if path is not None:
         drawing.savefig(path, dpi=150)
     return drawing
+
+
+def learning_curves(fit: "Fit", path: str | Path | None = None) -> Any:
+    """A picture of how training went: the loss of each step and its running mean, validation losses, and every stat. Written to
+    `path` if there is one. Needs matplotlib.
+    """
+    import matplotlib.pyplot as plt
+
+    curves = {"loss": fit.losses, **fit.stats}
+    drawing, panels = plt.subplots(len(curves), 1, figsize=(7, 2.3 * len(curves)), layout="constrained", squeeze=False)
+    for (name, values), panel in zip(curves.items(), panels[:, 0]):
+        panel.plot(np.arange(1, len(values) + 1), values, color=COLOURS[0], linewidth=0.5, alpha=0.4)
+        width = max(1, len(values) // 50)
+        mean = np.convolve(values, np.ones(width) / width, mode="valid")
+        panel.plot(np.arange(width, len(values) + 1), mean, color=COLOURS[0], linewidth=1.2, label=f"mean of {width} steps")
+        if name == "loss" and len(fit.validations):
+            panel.plot(
+                fit.validated_at, fit.validations, "o-", color=COLOURS[1], markersize=3, linewidth=0.9, label="validation"
+            )
+        panel.legend(fontsize=7, frameon=False)
+        panel.set_title(name.replace("$", r"\$"), fontsize=9, loc="left")
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=7)
+    if path is not None:
+        drawing.savefig(path, dpi=150)
+    return drawing
+
+
+class LiveCurves:
+    """Curves that are drawn anew as training goes on, in a notebook: `fit(..., on_segment=plots.LiveCurves())`.
+
+    Args:
+        every: seconds from one drawing to the next.
+    """
+
+    def __init__(self, every: float = 2.0):
+        self.every, self.last, self.shown = every, -np.inf, None
+
+    def __call__(self, fit: "Fit") -> None:
+        """Draw a run so far. Needs IPython and matplotlib."""
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+
+        if time.monotonic() - self.last < self.every:
+            return
+        drawing = learning_curves(fit)
+        if self.shown is None:
+            self.shown = display(drawing, display_id=True)
+        else:
+            self.shown.update(drawing)
+        plt.close(drawing)
+        self.last = time.monotonic()
 
 
 COLOURS = ("#1b3a5c", "#c8553d", "#5b8e7d", "#e0a458", "#7d5ba6", "#8a8d91")

@@ -9,6 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from .again import is_same, new_context, read_given, recall, run_automata, taken_again
 from .arena import Prompt, Row, read_pending, read_row, take
 from .collectives import anybody, index, reindex
+from .credit import Known, Redrawn
 from .drawing import Drawn, Next, Options, draw, read_options
 from .language_model import CHUNK, LanguageModel
 from .lineage import Policy, resample
@@ -232,9 +233,10 @@ def side_by_side(logits: Array) -> Array:
     return with_layout_constraint(logits, Layout((0,))) if jax.sharding.get_abstract_mesh().empty else logits
 
 
-def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given: Any, canonical: Array, *, name: str,
+def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], known: Any, canonical: Array, *, name: str,
            model: int, max_tokens: int, **parts: Any) -> list[Any]:  # fmt: skip
-    """The site with known tokens int32[max_tokens], EOS-padded: it pays their log density. One pass through the model."""
+    """The site with known tokens int32[max_tokens], EOS-padded: it pays their log density, unless they are the walk's own
+    choice (`Redrawn`). One pass through the model."""
     lm, arena, active = run.models[model], run.state.arenas[model], jnp.asarray(run.is_active())
     options = read_options(operands, parts)
     row = read_row(arena, handle)
@@ -253,6 +255,7 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
         valid = jnp.where(done, token == lm.eos_id, allowed)
         return (done | stops | (token == lm.eos_id), stop_state, constraint_state), (~done, valid)
 
+    given = known.tokens if isinstance(known, Redrawn) else known.value if isinstance(known, Known) else known
     given = jnp.asarray(given).astype(jnp.int32)
     (done, _, _), (inside, valid) = jax.lax.scan(scan_ends, (row.finished, jnp.int32(0), start), given)
     length = inside.sum().astype(jnp.int32)
@@ -271,7 +274,14 @@ def replay(run: "Interpreter", handle: Array, operands: tuple[Array, ...], given
     log_weight = jnp.where(valid.all(), log_probs.sum(), -jnp.inf)
     if run.tempering is not None:
         log_weight = run.tempering.sharpen(log_weight)
-    run.add_weight(name, jnp.where(canonical, jnp.where(active, log_weight, 0.0), -jnp.inf), always=True)
+    credit = run.state.credit
+    if isinstance(known, Redrawn):
+        note_text(run, name, log_probs, None, run.state.made)
+        run.state = run.state if run.in_plate else run.state._replace(made=run.state.made + count)
+    else:
+        run.add_weight(name, jnp.where(canonical, jnp.where(active, log_weight, 0.0), -jnp.inf), always=True)
+    if credit is not None and isinstance(known, Known):  # each token pays as it becomes known
+        run.state = run.state._replace(credit=credit.book_text(log_probs, known.number, inside & active))
     run.record(name, [run.frame.get(c) for c in out[:4]], blank=[lm.eos_id, 0, True, 0])
     return [run.frame.get(c) for c in out]
 

@@ -46,7 +46,7 @@ class Options(NamedTuple):
         """The stop automaton's next state, and whether it says that the text is over."""
         if self.table is None:
             return state, jnp.asarray(False)
-        after = self.table[state, token]
+        after = jnp.asarray(self.table)[state, token]
         return jnp.minimum(after, self.table.shape[0] - 1), after == self.table.shape[0]
 
     def allows(self, state: Any, token: Array, asked: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class LatentraceError(Exception):
@@ -41,6 +42,19 @@ class AllParticlesDeadError(RunError):
 
 class NonFiniteError(RunError):
     """A log-weight was NaN or +inf."""
+
+
+class NonFiniteGradientError(RunError):
+    """In training, a loss, a gradient, or a parameter after its update was NaN or infinite; that update was not applied."""
+
+    def __init__(self, message: str, *, step: int, paths: list[str], fit: Any):
+        super().__init__(message)
+        self.step = step
+        """number of the step, from 0: so many were applied"""
+        self.paths = paths
+        """of the arrays of parameters whose gradient or new value was not finite, such as "['w']" """
+        self.fit = fit
+        """the run up to there, an `inference.learning.Fit`"""
 
 
 class BoundReachedError(RunError):

@@ -309,6 +309,7 @@ class Interpreter:
                 chances=jnp.int32(0),
                 same=None if outer.same is None else jnp.asarray(False),  # its contexts are not kept
                 resamplings=None,
+                credit=None if outer.credit is None else outer.credit.inside_plate(),
             )
             state = state._replace(choices=outer.choices.enter_element(i, jaxpr))
             body = Interpreter(self.staged, self.consts, self.models, state, given=given, policy=policy)
@@ -319,9 +320,9 @@ class Interpreter:
             body.prompts = {m: [body.frame.put(p) for p in ps] for m, ps in prompts.items()}
             cells = body.walk(jaxpr, [body.frame.put(v) for v in values])
             out, s = [jnp.asarray(body.frame.get(c)) for c in cells], body.state
-            return out, body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock, s.choices
+            return out, body.recorded(), s.log_weight, s.log_twists, s.faults, s.counts, s.clock, s.choices, s.credit
 
-        out, found, log_weight, twists, faults, counts, clock, choices = jax.vmap(
+        out, found, log_weight, twists, faults, counts, clock, choices, credit = jax.vmap(
             element, in_axes=(0, [0 if m else None for m in mapped], 0, 0), axis_name=axis
         )(jnp.arange(size, dtype=jnp.int32), values, twists, given)
         self.state = outer._replace(
@@ -331,6 +332,7 @@ class Interpreter:
             counts=jax.tree.map(lambda new, old: old + new.sum(), counts, outer.counts)._replace(
                 model_calls=outer.counts.model_calls + counts.model_calls.max()),
             clock=clock.max(),
+            credit=None if outer.credit is None else outer.credit.after_plate(credit),
         )  # fmt: skip
         if not is_rollout:
             self.merge_records(found)

@@ -1,9 +1,12 @@
 """How choices were made: what a walk records besides its trace, for moves that keep a part of it."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from .choices import Choices, SiteRef
 
 if TYPE_CHECKING:
     from .interpreter import Interpreter
@@ -16,6 +19,8 @@ class Notes(NamedTuple):
 
     entropies: bool = False
     """of the model's next token, which costs a pass over the vocabulary"""
+    more: Callable[[SiteRef, Any, Array, Choices, Array], Any] | None = None
+    """what else to record of a value: of the visit, the distribution, the value, the choices before it, and which one it is"""
 
 
 class About(NamedTuple):
@@ -27,6 +32,8 @@ class About(NamedTuple):
     """int32: which of the trace's active choices it is"""
     entropy: Array | None
     """float32, nats: of the model's next token; 0 for a value"""
+    more: Any = None
+    """what `Notes.more` says of a value"""
 
 
 def about(name: str) -> str:
@@ -34,11 +41,12 @@ def about(name: str) -> str:
     return f"about({name})"
 
 
-def note_value(run: "Interpreter", name: str, log_q: Array, number: Array) -> None:
+def note_value(run: "Interpreter", name: str, dist: Any, value: Array, log_q: Array, number: Array) -> None:
     """Record how a value was drawn."""
     if run.notes is not None:
         entropy = jnp.float32(0) if run.notes.entropies else None
-        run.record(about(name), About(log_q.astype(jnp.float32), number, entropy))
+        more = None if run.notes.more is None else run.notes.more(run.site(name), dist, value, run.state.choices, number)
+        run.record(about(name), About(log_q.astype(jnp.float32), number, entropy, more))
 
 
 def note_text(run: "Interpreter", name: str, log_q: Array, entropy: Array | None, number: Array) -> None:

@@ -13,6 +13,7 @@ from .again import is_same, new_context, read_given, read_prompt
 from .arena import keep_features, last_tokens, read_pending, read_row, start_row
 from .choices import Spec
 from .collectives import anybody
+from .credit import Known
 from .decode import decode, replay
 from .errors import SiteError
 from .notes import note_value
@@ -60,6 +61,13 @@ def harmless(dist: Any, value: Array, active: Any) -> Array:
         return value
 
 
+def meet(run: "Interpreter", given: Any) -> None:
+    """Note that a choice of the given values' drawer is known from here on."""
+    if run.state.credit is not None and isinstance(given, Known):
+        credit = run.state.credit.meet(given.number, jnp.asarray(run.is_active()))
+        run.state = run.state._replace(credit=credit)
+
+
 def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: bool, out: Any, support: Any) -> list[Any]:
     leaves, scale = (operands[:-1], operands[-1]) if scaled else (operands, jnp.float32(1))
     dist, (shape, dtype) = tree.unflatten(leaves), out
@@ -70,8 +78,9 @@ def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: b
             value, log_jacobian = constrained(dist, given.point)
             log_weight = scale * jnp.sum(dist.log_prob(value)) + log_jacobian
         else:
-            value = given.value if isinstance(given, PointOf) else given
+            value = given.value if isinstance(given, (PointOf, Known)) else given
             value = harmless(dist, jnp.broadcast_to(jnp.asarray(value).astype(dtype), shape), run.is_active())
+            meet(run, given)
             log_weight = scale * log_prob(dist, value)
             recorded = point_at(dist, value) if isinstance(given, PointOf) else None
     elif (supplied := run.state.choices.supply(spec, run.is_active())) is not None:
@@ -90,7 +99,7 @@ def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: b
                 f"site {name!r}: {type(dist).__name__} cannot be simulated ({error}); give it a proper prior, or a value"
             ) from error
         if run.notes is not None:
-            note_value(run, name, log_prob(dist, value), run.state.made)
+            note_value(run, name, dist, value, log_prob(dist, value), run.state.made)
         run.state = run.state._replace(choices=choices)
         run.count_choice(run.is_active())
         log_weight = (scale - 1) * log_prob(dist, value) if scaled else None

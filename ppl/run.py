@@ -123,10 +123,10 @@ traced = 0
 """how many runs have been traced in this process; a second run of the same structure and shapes adds none"""
 
 
-def compiled(key: Any, make: Callable[[], Any]) -> Any:
-    """The compiled `make()`, kept for every run of the same key."""
+def compiled(key: Any, make: Callable[[], Any], donate: tuple[int, ...] = ()) -> Any:
+    """The compiled `make()`, kept for every run of the same key; arguments of the numbers `donate` are used up by a call."""
     if key not in _compiled:
-        _compiled[key] = jax.jit(make())
+        _compiled[key] = jax.jit(make(), donate_argnums=donate)
         while len(_compiled) > MAX_COMPILED:
             _compiled.popitem(last=False)
     _compiled.move_to_end(key)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .arena import Arena
 from .choices import Choices
+from .credit import Credit
 
 Array = jax.Array
 
@@ -75,6 +76,8 @@ class State(NamedTuple):
     there was no walk before"""
     resamplings: Resamplings | None = None
     """None where nobody asks for them"""
+    credit: Credit | None = None
+    """None where nobody asks for it"""
 
 
 class Tempering(NamedTuple):
@@ -140,7 +143,8 @@ def pay(state: State, site: int, log_weight: Array, active: Any) -> State:
         died_at=jnp.where(dies, state.clock, state.faults.died_at),
         non_finite=jnp.where(active & wrong & alive, site, state.faults.non_finite),
     )
-    return state._replace(log_weight=after, faults=faults)
+    credit = None if state.credit is None else state.credit.book(paid)
+    return state._replace(log_weight=after, faults=faults, credit=credit)
 
 
 def steer(state: State, name: str, site: int, log_psi: Array, active: Any) -> State:
