@@ -15,9 +15,8 @@ MAPS = 30_000
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
     """The core's tests compile many small programs and run each a few times: halve the compile time."""
-    jax.config.update(
-        "jax_disable_most_optimizations", not CORE.isdisjoint(request.path.relative_to(Path(__file__).parent).parts)
-    )
+    folders = request.path.relative_to(Path(__file__).parent).parts
+    jax.config.update("jax_disable_most_optimizations", not CORE.isdisjoint(folders))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     maps = Path("/proc/self/maps")

@@ -5,9 +5,22 @@ tokens under the policy that learns, differentiable (`learning.log_probs`); `old
 them, `reference_log_probs` those under a fixed one. Rewards are float32[B, G], in units of the user's; `mask` bool[B, G, T]
 says which tokens count. A loss is float32[], to be minimised; means go over prompts, so that B only reduces variance.
 
-    def loss(rng_key, params, batch):
-        log_probs = learning.log_probs(lora.apply(params), batch)
-        return learning.policies.rloo(log_probs, batch.rewards, batch.mask)
+With `learning.fit`, which draws anew before each step:
+
+>>> import jax, optax
+>>> from latentrace import models
+>>> from latentrace.inference import learning
+>>> lora = models.LoRA(models.load("reasoner"), rank=2)
+>>> def loss(rng_key, params, batch):
+...     log_probs = learning.log_probs(lora.apply(params), batch)
+...     return learning.policies.rloo(log_probs, batch.rewards, batch.mask)
+>>> def data(step, rng_key, params):
+...     right = lambda prompt, text: text.startswith("12/4=3 ")
+...     return learning.rollouts(rng_key, lora.apply(params), ["4 12 8\\n"], right, group_size=4, max_tokens=6)
+>>> start = lora.init(jax.random.key(0))
+>>> found = learning.fit(loss, start, optax.adam(1e-3), num_steps=2, rng_key=jax.random.key(1), data=data)
+>>> found.losses.shape
+(2,)
 """
 
 from math import comb

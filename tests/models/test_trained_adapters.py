@@ -19,6 +19,11 @@ SMALL = transformer(num_layers=1)
 KEY = jax.random.key(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_models(quick_compilation):
+    jax.config.update("jax_disable_most_optimizations", True)  # until the module's end, as for the core's tests
+
+
 def moved(params, seed=1):
     """Parameters away from the start."""
     leaves, tree = jax.tree.flatten(params)
@@ -167,18 +172,25 @@ def test_lora_errors(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_soft_prompt_reads_more_and_writes_no_more(tied):
     """Vectors that are those of tokens act as these tokens do."""
-    lm = transformer(tied=tied)
-    soft = models.SoftPrompt(lm, 2)
+    lm = transformer(num_layers=1, tied=tied)
+    soft, prompted = as_tokens(lm, 4, 7)
     assert soft.ids == [11, 12]
-    prompted = soft.apply({"prompt_embeddings": lm.weights["embedding"][jnp.array([4, 7])]})
     assert (prompted.vocab_size, prompted.num_embeddings) == (11, 13)
-    expected = lm.logits([4, 7, *TOKENS])
-    np.testing.assert_array_equal(prompted.logits([*soft.ids, *TOKENS]), expected)
-    posterior, same = (
-        inference.SMC(8).run(KEY, likes_late_tokens, lm, prompt) for lm, prompt in ((prompted, [*soft.ids, 2]), (lm, [4, 7, 2]))
-    )
-    np.testing.assert_array_equal(posterior.values["text"].tokens, same.values["text"].tokens)
-    assert posterior.log_evidence == pytest.approx(same.log_evidence, abs=1e-5)
+    np.testing.assert_array_equal(prompted.logits([*soft.ids, *TOKENS]), lm.logits([4, 7, *TOKENS]))
+
+
+def as_tokens(lm, *tokens):
+    """A soft prompt that says what tokens say, and the model that knows it."""
+    soft = models.SoftPrompt(lm, len(tokens))
+    return soft, soft.apply({"prompt_embeddings": lm.weights["embedding"][jnp.array(tokens)]})
+
+
+def test_a_program_takes_a_soft_prompt():
+    soft, prompted = as_tokens(SMALL, 4, 7)
+    found = inference.SMC(8).run(KEY, likes_late_tokens, prompted, [*soft.ids, 2])
+    expected = inference.SMC(8).run(KEY, likes_late_tokens, SMALL, [4, 7, 2])
+    np.testing.assert_array_equal(found.values["text"].tokens, expected.values["text"].tokens)
+    assert found.log_evidence == pytest.approx(expected.log_evidence, abs=1e-5)
 
 
 def test_gradients_reach_the_soft_prompt_only():

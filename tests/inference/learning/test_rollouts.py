@@ -148,28 +148,20 @@ def test_a_soft_target_is_learned():
     lm, beta = programs.markov(3, seed=6), 0.5
     value = {"": 0.3, "b": -0.4, "bb": 0.9, "bc": 0.1, "c": 0.6, "cb": -0.5, "cc": 0.0}
 
-    def loss(params, batch):
+    def loss(rng_key, params, batch):
         reference = learning.log_probs(lm, batch)
         return policies.trajectory_balance(learning.log_probs(params, batch), reference, batch.rewards, batch.mask, beta=beta)
 
-    @jax.jit
-    def update(params, state, batch):
-        found, gradient = jax.value_and_grad(loss)(params, batch)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state, found
+    def data(step, rng_key, params):
+        return learning.rollouts(rng_key, params, [""], lambda prompt, text: value[text], group_size=32, max_tokens=2)
 
-    optimizer = optax.adam(0.05)
-    params, state = lm, optimizer.init(lm)
-    for step in range(150):
-        key = jax.random.fold_in(jax.random.key(0), step)
-        batch = learning.rollouts(key, params, [""], lambda prompt, text: value[text], group_size=32, max_tokens=2)
-        params, state, found = update(params, state, batch)
-    assert found < 1e-3
+    found = learning.fit(loss, lm, optax.adam(0.05), num_steps=150, rng_key=jax.random.key(0), data=data)
+    assert found.losses[-1] < 1e-3 < 0.1 < found.losses[0]
 
     rows = [[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]  # in the order of `value`
     mask = jnp.array([[True, row[0] > 0] for row in rows])[None]
     every = learning.Rollouts(jnp.array([[lm.start_id]]), jnp.array(rows)[None], mask, *[None] * 3)
-    base, learned = (learning.log_probs(model, every).sum(-1)[0] for model in (lm, params))
+    base, learned = (learning.log_probs(model, every).sum(-1)[0] for model in (lm, found.params))
     target = jax.nn.softmax(base + jnp.array(list(value.values())) / beta)
     np.testing.assert_allclose(jnp.exp(learned), target, atol=0.01)
     assert np.abs(jnp.exp(base) - target).max() > 0.1
