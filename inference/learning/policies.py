@@ -52,8 +52,9 @@ def rloo(
     With `old_log_probs` each text is weighted by p / p_old, unclipped, so that the gradient is unbiased also when another
     policy wrote the texts; without, they must come from the present one.
 
-    >>> import jax.numpy as jnp
-    >>> loss = rloo(jnp.log(jnp.full((1, 2, 1), 0.5)), jnp.array([[1.0, 0.0]]), jnp.ones((1, 2, 1), bool))
+    >>> log_probs, mask = jnp.log(jnp.full((1, 2, 1), 0.5)), jnp.ones((1, 2, 1), bool)
+    >>> jax.grad(rloo)(log_probs, jnp.array([[3.0, 1.0]]), mask).ravel().tolist()
+    [-1.0, 1.0]
     """
     _check_groups("rloo", rewards)
     whole = _total(log_probs, mask)
@@ -77,7 +78,8 @@ def grpo(
     beta: float = 0.04,
 ) -> Array:
     """Group relative policy optimisation (arXiv:2402.03300, equations 3 and 4): advantages normalised in the group, clipped
-    ratios of each token, the mean over a text's tokens, and `beta` times the k3 estimate of the divergence from a reference.
+    ratios of each token, the mean over a text's tokens, and, with a reference, `beta` times the k3 estimate of the divergence
+    from it.
 
     Target: none in closed form; the gradient is biased for E[R] in three ways. Division by the standard deviation weighs
     prompts: for rewards 0 and 1 and texts of one length the gradient is E[s] / (P (1 - P)) times that of P, the probability of
@@ -86,6 +88,10 @@ def grpo(
     stops the gradient of tokens whose probability has moved far enough. The divergence is differentiated as it stands, at the
     drawn tokens: its gradient is that of KL(p_reference || p) of each next token after what p wrote, not of
     KL(p || p_reference).
+
+    >>> log_probs, mask = jnp.log(jnp.full((1, 2, 1), 0.5)), jnp.ones((1, 2, 1), bool)
+    >>> jax.grad(grpo)(log_probs, log_probs, jnp.array([[3.0, 1.0]]), mask).ravel().tolist()
+    [-0.5, 0.5]
     """
     _check_groups("grpo", rewards)
     gains = _clipped(log_probs, old_log_probs, _normalised(rewards), clip, clip)
@@ -110,10 +116,14 @@ def dapo(
     Its other two parts stand beside it: `learning.mixed_rollouts` draws the groups, and `overlong_penalty` is added to the
     rewards afterwards.
 
-    Target: none in closed form. The gradient is biased for E[R] by the division by the standard deviation, as GRPO's; by that
-    by the group's number of tokens, which correlates with the rewards; by clipping; and by dynamic sampling, which divides a
-    prompt's gradient by the probability that a group's rewards differ, and draws the prompt as much more often. For
-    rewards 0 and 1 and texts of one length it is E[s] / (P (1 - P) (1 - P^G - (1 - P)^G)) times that of P, per token.
+    Target: none in closed form. The gradient is biased for E[R] by the division by the standard deviation, as GRPO's, by that
+    by the group's number of tokens, which correlates with the rewards, and by clipping. Dynamic sampling adds no bias of its
+    own: groups of equal rewards have gradient 0, so that leaving them out multiplies the whole by one over the share of the
+    others.
+
+    >>> log_probs, mask = jnp.log(jnp.full((1, 2, 1), 0.5)), jnp.ones((1, 2, 1), bool)
+    >>> jax.grad(dapo)(log_probs, log_probs, jnp.array([[3.0, 1.0]]), mask).ravel().tolist()
+    [-0.5, 0.5]
     """
     _check_groups("dapo", rewards)
     gains = _total(_clipped(log_probs, old_log_probs, _normalised(rewards), clip_low, clip_high), mask)
@@ -146,13 +156,19 @@ def best_of_n(
     """Policy gradient through best-of-n sampling (arXiv:2412.15287).
 
     Target: E[reward of the best-scored of n texts]. Where rewards are the scores, 0 and 1, that is 1 - (1 - P)^n, and its
-    gradient n (1 - P)^(n - 1) times that of P. The gradient is unbiased for every G >= n: it is the mean over all subsets of n
+    gradient n (1 - P)^(n - 1) times that of P. The estimate is unbiased for every G >= n: it is the mean over all subsets of n
     texts of a group, and in each the best one is credited with what it adds to the second best, which does not depend on it.
     Among equal scores the first text of the group is the best.
 
     Args:
         scores: float32[B, G], what texts are chosen by at inference time, such as a verifier's; None: the rewards.
-        old_log_probs: as of `rloo`.
+        old_log_probs: as of `rloo`; but the other texts of a subset stay the old policy's, so that the gradient is unbiased
+            where the two policies are the same, and only near it elsewhere.
+
+    >>> log_probs, mask = jnp.log(jnp.full((1, 3, 1), 0.5)), jnp.ones((1, 3, 1), bool)
+    >>> gradient = jax.grad(lambda x: best_of_n(x, jnp.array([[2.0, 8.0, 5.0]]), mask, n=3))(log_probs)
+    >>> gradient.ravel().tolist() == [0, -3, 0]  # what the best adds to the second best
+    True
     """
     _check_groups("best_of_n", rewards)
     size = rewards.shape[-1]
@@ -190,6 +206,12 @@ def trajectory_balance(
         log_z: float32[B], learned besides the policy, by this loss. None: estimated as the group's mean, and the loss is the
             unbiased variance of the other terms over the group (VarGrad, arXiv:2010.10436); on texts of the present policy
             its gradient is exactly 2 / beta times that of `rloo` with the same reference.
+
+    >>> reference, mask = jnp.log(jnp.array([[[0.75], [0.25]]])), jnp.ones((1, 2, 1), bool)
+    >>> rewards = jnp.log(jnp.array([[1.0, 9.0]]))
+    >>> target = jnp.log(jnp.array([[[0.25], [0.75]]]))
+    >>> bool(trajectory_balance(target, reference, rewards, mask, beta=1.0) < 1e-9)
+    True
     """
     if beta <= 0:
         raise SiteError(f"trajectory_balance: beta must be positive, not {beta}")
@@ -208,6 +230,10 @@ def rejection_sampling(log_probs: Array, rewards: Array, mask: Array) -> Array:
     the mean over prompts of E[R] KL(q || p), so that prompts count by how often they are solved. Its first step, where p is
     p_old, follows the gradient of E[R], without a baseline; drawing anew after each step is policy gradient, and
     fitting until it converges is a step of expectation maximisation.
+
+    >>> log_probs, mask = jnp.log(jnp.full((1, 2, 1), 0.5)), jnp.ones((1, 2, 1), bool)
+    >>> jax.grad(rejection_sampling)(log_probs, jnp.array([[1.0, 0.5]]), mask).ravel().tolist()
+    [-0.5, -0.25]
     """
     return -(rewards * _total(log_probs, mask)).mean()
 

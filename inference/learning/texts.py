@@ -142,9 +142,19 @@ def mixed_rollouts(rng_key: Array, draw: Callable[[Array, int], Rollouts], num_g
 
     `draw(rng_key, number)` is a call of `rollouts` on the host, the number-th one, for which it may take other prompts. The
     prompts that remain are no longer distributed as `draw` chooses them: one whose texts are right with probability P counts
-    in proportion to 1 - P^G - (1 - P)^G.
+    in proportion to 1 - P^G - (1 - P)^G. What is dropped has no advantages, so that expected gradients keep their direction.
 
     Raises SiteError after `max_draws` draws.
+
+    >>> import jax
+    >>> from latentrace import models
+    >>> from latentrace.inference import learning
+    >>> lm, prompts = models.load("reasoner"), ["4 6 8 10\\n", "3 5 7\\n"]
+    >>> begins = lambda prompt, text: float(text[0] == prompt[0])
+    >>> draw = lambda rng_key, number: learning.rollouts(rng_key, lm, prompts, begins, group_size=4, max_tokens=8)
+    >>> found = learning.mixed_rollouts(jax.random.key(0), draw, num_groups=3)
+    >>> found.rollouts.rewards.shape, found.groups >= 3
+    ((3, 4), True)
     """
     kept: list[Rollouts] = []
     groups = tokens = have = 0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from latentrace.inference.learning import policies
 from latentrace.ppl.errors import SiteError
@@ -36,7 +37,7 @@ def log_p(lm):
 
 
 def gradient(fn, at=LM):
-    return jax.flatten_util.ravel_pytree(jax.jit(jax.grad(fn))(at))[0]
+    return ravel_pytree(jax.jit(jax.grad(fn))(at))[0]
 
 
 def expected_gradient(loss, size, *, drawn_by=LM, keep=None):
