@@ -55,6 +55,8 @@ class Interpreter:
         self.active: Cell = self.frame.put(True)
         self.drawn: frozenset[str] = frozenset()
         """texts among the given that were drawn: outside of their proposal's support they have density 0"""
+        self.only: str | None = None
+        """the one site whose weight counts, to find out what each adds"""
         self.notes: Notes | None = None
         """what to record of how choices are made"""
         self.prompts_before: dict[int, list[Prompt]] = {}
@@ -72,6 +74,8 @@ class Interpreter:
     def add_weight(self, name: str, log_weight: Array, *, always: bool = False) -> None:
         """Move this particle's log-weight where it is active (or `always`)."""
         active = True if always else self.is_active()
+        if self.only is not None and name != self.only:
+            return
         self.state = pay(self.state, self.staged.sites[name].number, log_weight, active)
         self.weights_moved()
 
@@ -313,7 +317,7 @@ class Interpreter:
             )
             state = state._replace(choices=outer.choices.enter_element(i, jaxpr))
             body = Interpreter(self.staged, self.consts, self.models, state, given=given, policy=policy)
-            body.tempering, body.notes = self.tempering, self.notes
+            body.tempering, body.notes, body.only = self.tempering, self.notes, self.only
             body.axes, body.path, body.nested, body.drawn = (*self.axes, axis), (*self.path, i), True, self.drawn
             body.active, body.is_density = body.frame.put(active), self.is_density
             body.steered = policy is not None or (self.steered and is_part)

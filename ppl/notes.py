@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 
+Visit = Callable[[SiteRef, Any, Array, Choices, Array], tuple[Array, Any]]
+"""Of a visit of a site, the distribution, the value, the choices before it and which one it is: the log density float32[], nats,
+and more to record."""
+
+
 class Notes(NamedTuple):
     """What to record; static."""
 
     entropies: bool = False
     """of the model's next token, which costs a pass over the vocabulary"""
-    more: Callable[[SiteRef, Any, Array, Choices, Array], Any] | None = None
-    """what else to record of a value: of the visit, the distribution, the value, the choices before it, and which one it is"""
+    visit: "Visit | None" = None
+    """says how a value was drawn in place of its log density alone"""
 
 
 class About(NamedTuple):
@@ -33,7 +38,7 @@ class About(NamedTuple):
     entropy: Array | None
     """float32, nats: of the model's next token; 0 for a value"""
     more: Any = None
-    """what `Notes.more` says of a value"""
+    """what `Notes.visit` says of a value besides"""
 
 
 def about(name: str) -> str:
@@ -41,12 +46,17 @@ def about(name: str) -> str:
     return f"about({name})"
 
 
-def note_value(run: "Interpreter", name: str, dist: Any, value: Array, log_q: Array, number: Array) -> None:
-    """Record how a value was drawn."""
-    if run.notes is not None:
-        entropy = jnp.float32(0) if run.notes.entropies else None
-        more = None if run.notes.more is None else run.notes.more(run.site(name), dist, value, run.state.choices, number)
-        run.record(about(name), About(log_q.astype(jnp.float32), number, entropy, more))
+def note_value(run: "Interpreter", name: str, dist: Any, value: Array, log_prob: Callable[[Any, Array], Array]) -> None:
+    """Record how a value was drawn; the choice is still to be counted."""
+    if run.notes is None:
+        return
+    number, more = run.state.made, None
+    if run.notes.visit is None:
+        log_q = log_prob(dist, value)
+    else:
+        log_q, more = run.notes.visit(run.site(name), dist, value, run.state.choices, number)
+    entropy = jnp.float32(0) if run.notes.entropies else None
+    run.record(about(name), About(log_q.astype(jnp.float32), number, entropy, more))
 
 
 def note_text(run: "Interpreter", name: str, log_q: Array, entropy: Array | None, number: Array) -> None:

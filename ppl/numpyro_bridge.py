@@ -39,7 +39,7 @@ class Bridge(numpyro_primitives.Messenger):
         if msg["is_observed"]:
             sites.bind_observe(name, dist, msg["value"], scale)
         elif msg["value"] is None:
-            msg["value"] = sites.bind_sample(name, dist, scale)
+            msg["value"] = sites.bind_sample(name, dist, scale, bool(msg["infer"].get("is_auxiliary")))
 
     def _deterministic(self, msg: dict[str, Any]) -> None:
         pass  # always carries its value: see postprocess_message

@@ -68,7 +68,9 @@ def meet(run: "Interpreter", given: Any) -> None:
         run.state = run.state._replace(credit=credit)
 
 
-def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: bool, out: Any, support: Any) -> list[Any]:
+def sample(
+    run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: bool, out: Any, support: Any, auxiliary: bool
+) -> list[Any]:
     leaves, scale = (operands[:-1], operands[-1]) if scaled else (operands, jnp.float32(1))
     dist, (shape, dtype) = tree.unflatten(leaves), out
     spec, recorded = None if support is None else Spec(int(np.prod(shape)), len(support)), None
@@ -98,8 +100,7 @@ def sample(run: "Interpreter", *operands: Array, name: str, tree: Any, scaled: b
             raise SiteError(
                 f"site {name!r}: {type(dist).__name__} cannot be simulated ({error}); give it a proper prior, or a value"
             ) from error
-        if run.notes is not None:
-            note_value(run, name, dist, value, log_prob(dist, value), run.state.made)
+        note_value(run, name, dist, value, log_prob)
         run.state = run.state._replace(choices=choices)
         run.count_choice(run.is_active())
         log_weight = (scale - 1) * log_prob(dist, value) if scaled else None

@@ -187,10 +187,11 @@ def hoist(fn: Callable[..., Any], *args: Any, what: str | None = None) -> tuple[
 # --- the language -----------------------------------------------------------------------------------------------------
 
 
-def sample(name: str, dist: Any) -> Array:
+def sample(name: str, dist: Any, *, auxiliary: bool = False) -> Array:
     """A random value from a NumPyro distribution.
 
-    Returns an array of shape `dist.batch_shape + dist.event_shape`.
+    Returns an array of shape `dist.batch_shape + dist.event_shape`. An `auxiliary` value of a guide is noise that other sites are
+    made of, whose densities account for it: the model has no such site.
 
     >>> import numpyro.distributions as dist
     >>> from latentrace import ppl
@@ -198,10 +199,10 @@ def sample(name: str, dist: Any) -> Array:
     ... def coin():
     ...     return ppl.sample("heads", dist.Bernoulli(0.3))
     """
-    return bind_sample(name, dist, None)
+    return bind_sample(name, dist, None, auxiliary)
 
 
-def bind_sample(name: str, dist: Any, scale: Any) -> Array:
+def bind_sample(name: str, dist: Any, scale: Any, auxiliary: bool = False) -> Array:
     full = site_name(name)
     _check_distribution(full, dist)
     leaves, tree = flatten(dist)
@@ -211,9 +212,8 @@ def bind_sample(name: str, dist: Any, scale: Any) -> Array:
     except TypeError:  # something in the structure cannot be hashed
         out = _draw_shape.__wrapped__(tree, shapes)
     operands = leaves if scale is None else [*leaves, jnp.asarray(scale, jnp.float32)]
-    return sample_p.bind(
-        *operands, name=full, tree=tree, scaled=scale is not None, out=(out.shape, str(out.dtype)), support=_support(dist)
-    )[0]
+    about = dict(scaled=scale is not None, out=(out.shape, str(out.dtype)), support=_support(dist), auxiliary=auxiliary)
+    return sample_p.bind(*operands, name=full, tree=tree, **about)[0]
 
 
 @lru_cache(maxsize=1024)

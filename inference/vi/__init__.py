@@ -1,5 +1,7 @@
 """Variational inference: objectives are expectations of what programs say of a guide's traces."""
 
+from .autoguide import AutoGuide
+from .bounds import evidence_bounds
 from .density import log_density
 from .estimators import (
     AcceptReject,
@@ -12,20 +14,24 @@ from .estimators import (
     ScoreFunction,
     StraightThrough,
 )
-from .expectations import Controlled, Expectation, expectation
+from .expectations import Controlled, Expectation, expectation, mean_over
+from .implicit import flow, implicit
 from .marginals import Marginal, Normalized, marginal, normalize
 from .objectives import chi_squared, elbo, forward_kl, iwae, renyi, sleep_phase, vimco, wake_phase
 from .terms import LogDensity
 from .traces import Trace
+from .watched import Loss, loss
 
 __all__ = [
     "AcceptReject",
+    "AutoGuide",
     "Controlled",
     "Enumerate",
     "Estimator",
     "Expectation",
     "GumbelSoftmax",
     "LogDensity",
+    "Loss",
     "Marginal",
     "MeasureValued",
     "Normalized",
@@ -36,11 +42,16 @@ __all__ = [
     "Trace",
     "chi_squared",
     "elbo",
+    "evidence_bounds",
     "expectation",
+    "flow",
     "forward_kl",
+    "implicit",
     "iwae",
     "log_density",
+    "loss",
     "marginal",
+    "mean_over",
     "normalize",
     "renyi",
     "sleep_phase",

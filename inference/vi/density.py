@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import biject_to
+from numpyro.distributions import Delta, biject_to
 
 from latentrace.ppl import sites
 from latentrace.ppl.choices import Keyed
@@ -17,6 +17,7 @@ from latentrace.ppl.program import as_program
 from latentrace.ppl.run import arrays_of, given_arrays
 from latentrace.ppl.staging import Staged, check_given, random_sites, stage, trace_eqns
 
+from . import watched
 from .terms import LogDensity
 from .traces import Plan, Trace, abstract, interpreter
 
@@ -48,10 +49,10 @@ def log_density(program: Any, trace: Trace | Mapping[str, Any], *args: Any) -> L
 
     def one(values: dict[str, Any], numbers: dict[str, Array], active: dict[str, Array]) -> LogDensity:
         nats, by_choice, found = _weight(staged, {**program.given, **values}, numbers, trace.plan)
-        same = jnp.asarray([jnp.array_equal(found[name], active[name]) for name in active] or True).all()
+        same = jnp.asarray([jnp.array_equal(found[name], active[name]) for name in values] or True).all()
         return LogDensity(jnp.where(same, nats, -jnp.inf), by_choice)
 
-    values = {name: trace.values[name] for name in trace.numbers}
+    values = {name: trace.values[name] for name in trace.numbers if not trace.plan.auxiliary(name)}
     return (jax.vmap(one) if trace.many else one)(values, trace.numbers, trace.active)
 
 
@@ -60,12 +61,13 @@ def _weight(
 ) -> tuple[Array, Array | None, dict[str, Array]]:
     """The log density with these values given, its terms by choice if the plan asks, and which sites are active."""
     check_given(staged, values)
+    watched.note(staged)
     if missing := [name for name in random_sites(staged) if name not in values]:
         raise SiteNameError(
             f"log_density: no value for the program's site {missing[0]!r}; {near_misses(missing[0], list(values))}"
         )
     given: dict[str, Any] = given_arrays(staged, values)
-    given.update((name, Known(given[name], number)) for name, number in numbers.items())
+    given.update((name, Known(given[name], number)) for name, number in numbers.items() if name in values)
     arrays = arrays_of(staged)
     state = first_state(staged, staged.models, Keyed(jax.random.key(0), jnp.int32(0)), jnp.int32(0))
     if plan is not None and plan.credits:
@@ -79,7 +81,8 @@ def _weight(
 
 def _check_names(staged: Staged, given: Mapping[str, Any], trace: Trace) -> None:
     """The guide draws what the model leaves open, and nothing else."""
-    wanted, drawn = [name for name in random_sites(staged) if name not in given], list(trace.numbers)
+    wanted = [name for name in random_sites(staged) if name not in given]
+    drawn = [name for name in trace.numbers if not trace.plan.auxiliary(name)]
     for name in wanted:
         if name not in drawn:
             raise SiteNameError(f"the guide draws no value for the model's site {name!r}; {near_misses(name, drawn)}")
@@ -118,7 +121,10 @@ def _check_support(name: str, guide: Any, model: Any) -> None:
         if outside := sorted({*q} - {*p}):
             raise SiteError(f"site {name!r}: the guide draws {outside[0]:g}, which the model's distribution never takes")
         return
-    of, wanted = abstract(guide).support, abstract(model).support
+    drawn, wanted = abstract(guide), abstract(model).support
+    if isinstance(drawn, Delta):  # a function of other sites
+        return
+    of = drawn.support
     if jax.tree.leaves((of, wanted)) or of.is_discrete or wanted.is_discrete:
         return  # bounds may be anything
     with jax.ensure_compile_time_eval():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,10 @@ class Estimator:
         """The site's value, through which a gradient may flow."""
         return jax.lax.stop_gradient(draw(distribution))
 
+    def log_prob(self, distribution: Any, value: Array, draw: Draw) -> Array:
+        """float32[], nats: the log density of the value that `draw` gives the draws of again."""
+        return log_prob(distribution, value)
+
     def score(self, distribution: Any, value: Array, draw: Draw) -> Array | None:
         """float32[], nats: what the cost is multiplied by, as a function of the parameters; None for nothing. `draw` gives the
         draws of the value again."""
@@ -52,7 +56,19 @@ class Reparameterised(Estimator):
             )
 
     def draw(self, distribution: Any, draw: Draw) -> Array:
-        return draw(distribution)
+        return self._drawn(distribution, draw)[0]
+
+    def log_prob(self, distribution: Any, value: Array, draw: Draw) -> Array:
+        value, way = self._drawn(distribution, draw)
+        if way is None:
+            return log_prob(distribution, value)
+        return distribution.log_prob(value, way).sum()  # type: ignore[no-any-return]
+
+    def _drawn(self, distribution: Any, draw: Draw) -> tuple[Array, Any]:
+        """The value, and what its transforms computed on the way: flows are costly to invert, or cannot be."""
+        if isinstance(distribution, dist.TransformedDistribution):
+            return draw(_Way(distribution))  # type: ignore[return-value]
+        return draw(distribution), None
 
 
 @dataclass(frozen=True)
@@ -248,6 +264,15 @@ class OneHot(dist.Distribution):
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         return (value * jax.nn.log_softmax(self.logits)).sum(-1)
+
+
+class _Way(NamedTuple):
+    """A transformed distribution whose draws tell how they came about."""
+
+    distribution: Any
+
+    def sample(self, key: Array) -> tuple[Array, Any]:
+        return self.distribution.sample_with_intermediates(key)  # type: ignore[no-any-return]
 
 
 def _within(distribution: Any) -> Any:

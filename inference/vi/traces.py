@@ -21,6 +21,7 @@ from latentrace.ppl.program import as_program
 from latentrace.ppl.run import Arrays, Settings, arrays_of, given_arrays, label_values, runner
 from latentrace.ppl.staging import Staged, random_sites, stage, trace_eqns
 
+from . import watched
 from .estimators import Estimator, MeasureValued, ScoreFunction, default
 from .terms import LogDensity
 
@@ -55,8 +56,8 @@ class Trace:
     def only(self, names: Collection[str], nats: Array) -> "Trace":
         """The same with the values of some sites alone, and their log density."""
         part = lambda found: {name: x for name, x in found.items() if name in names}
-        rest = {what: part(getattr(self, what)) for what in ("values", "log_q", "numbers", "active")}
-        return replace(self, log_density=LogDensity(nats), **rest)
+        kept = replace(self, values=part(self.values), log_q=part(self.log_q), log_density=LogDensity(nats))
+        return replace(kept, numbers=part(self.numbers), active=part(self.active))
 
 
 class Plan:
@@ -82,6 +83,10 @@ class Plan:
             self.of[name] = chosen.get(name) or default(distribution)
             self.of[name].check(name, distribution)
 
+    def auxiliary(self, name: str) -> bool:
+        """Whether a site is noise that others are made of."""
+        return name in self.equations and self.equations[name].params["auxiliary"]
+
     def names(self, kind: type) -> list[str]:
         return [name for name, estimator in self.of.items() if isinstance(estimator, kind)]
 
@@ -102,15 +107,17 @@ class Plan:
         """Of a site's values, axes of loops and plates first."""
         return (*self.dims[name], *self.equations[name].params["out"][0])
 
-    def more(self, site: SiteRef, distribution: Any, value: Array, choices: Choices, number: Array) -> dict[str, Any]:
-        """What the estimate needs of a visit besides its log density."""
-        estimator, found = self.of[site.name], {}
-        draw = Draws(choices.drawn, site, number)  # type: ignore[attr-defined]
-        if (score := estimator.score(distribution, value, draw)) is not None:
+    def visit(
+        self, site: SiteRef, distribution: Any, value: Array, choices: Choices, number: Array
+    ) -> tuple[Array, dict[str, Any]]:
+        """The log density of a value, and what else its estimator needs of it."""
+        estimator, found = self.of[site.name], dict[str, Any]()
+        again = lambda: Draws(choices.drawn, site, number)  # type: ignore[attr-defined]
+        if (score := estimator.score(distribution, value, again())) is not None:
             found["score"] = score.astype(jnp.float32)
         if isinstance(estimator, MeasureValued):
-            found["pairs"] = list(estimator.pairs(distribution, value, draw))
-        return found
+            found["pairs"] = list(estimator.pairs(distribution, value, again()))
+        return estimator.log_prob(distribution, value, again()), found
 
 
 def abstract(eqn: Any) -> Any:
@@ -218,6 +225,7 @@ def stage_guide(guide: Any, args: tuple[Any, ...]) -> Staged:
                 f"site {eqn.params['name']!r} of the guide is not drawn from its model itself but by a constraint, proposal or "
                 "twist; a guide's texts are plain: adapt the model in their place, by a prompt or by training"
             )
+    watched.note(staged)
     if not random_sites(staged):
         raise SiteError("the guide has no random site")
     return staged
@@ -233,7 +241,7 @@ def draw_traces(staged: Staged, plan: Plan, drafts: Draft, size: int, given: Map
     def one(draft: Draft, texts: dict[str, Redrawn]) -> Drawn:
         state = first_state(skeleton, _models(skeleton, arrays), Estimated(*draft, plan), jnp.int32(0))
         run = interpreter(skeleton, arrays, state, {**texts, **known})
-        run.notes, run.is_density = Notes(more=plan.more), False
+        run.notes, run.is_density = Notes(visit=plan.visit), False
         cells = run.walk(skeleton.jaxpr, [run.frame.put(x) for x in arrays.inputs])
         values, about = split_notes({name: run.frame.get(v) for name, (v, _) in run.records.items()})
         active = {name: run.frame.get(a) for name, (_, a) in run.records.items() if name in values}
@@ -252,7 +260,8 @@ def over_leading(fn: Callable[..., Any], *args: Any) -> Any:
 
 def trace_of(staged: Staged, plan: Plan, drawn: Drawn) -> Trace:
     """One trace as objectives see it."""
-    log_q = sum((drawn.about[name].log_q.sum() for name in plan.random), jnp.float32(0))
+    counted = [name for name in plan.random if watched.site.get() in (None, name)]
+    log_q = sum((drawn.about[name].log_q.sum() for name in counted), jnp.float32(0))
     by_choice = None
     if plan.credits:
         by_choice = jnp.zeros(plan.choices + 1, jnp.float32)
@@ -294,4 +303,8 @@ def _models(staged: Staged, arrays: Arrays) -> list[Any]:
 
 def interpreter(staged: Staged, arrays: Arrays, state: Any, given: Mapping[str, Any]) -> Interpreter:
     consts = dict(zip(staged.consts, arrays.consts))
-    return Interpreter(staged, consts, _models(staged, arrays), state, given=dict(given), axes=())
+    # else the compiler evaluates what a fresh cache leads to, at length
+    state = state._replace(arenas=jax.lax.optimization_barrier(state.arenas)) if state.arenas else state
+    run = Interpreter(staged, consts, _models(staged, arrays), state, given=dict(given), axes=())
+    run.only = watched.site.get()
+    return run

@@ -24,7 +24,13 @@ PIXELS, HIDDEN, LATENT = 784, 400, 20
 
 
 def initial(rng_key: jax.Array) -> dict:
-    sizes = {"e1": (PIXELS, HIDDEN), "mean": (HIDDEN, LATENT), "scale": (HIDDEN, LATENT), "d1": (LATENT, HIDDEN), "d2": (HIDDEN, PIXELS)}
+    sizes = {
+        "e1": (PIXELS, HIDDEN),
+        "mean": (HIDDEN, LATENT),
+        "scale": (HIDDEN, LATENT),
+        "d1": (LATENT, HIDDEN),
+        "d2": (HIDDEN, PIXELS),
+    }
     keys = jax.random.split(rng_key, len(sizes))
     return {name: (jax.random.normal(k, s) * s[0] ** -0.5, jnp.zeros(s[1])) for k, (name, s) in zip(keys, sizes.items())}
 
@@ -141,7 +147,10 @@ def main(argv: list[str] | None = None) -> None:
         for name in ways:
             ratio = np.median(np.asarray(times[name]) / np.asarray(times["by hand"]))
             memory = compiled[name].memory_analysis().temp_size_in_bytes / 1e6
-            print(f"{batch:6} {name:12}{1e3 * np.median(times[name]):8.2f}{ratio:8.3f}{memory:8.2f}{losses[name]:9.2f}", flush=True)
+            print(
+                f"{batch:6} {name:12}{1e3 * np.median(times[name]):8.2f}{ratio:8.3f}{memory:8.2f}{losses[name]:9.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -153,6 +153,23 @@ def test_forward_kl():
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("traces", [1, 2, 3])
+def test_two_sided_bounds(traces, monkeypatch):
+    """The upper bound has a draw of the posterior among its traces, the lower one has not; exact draws are averaged here."""
+    lower = over_tuples(traces, lambda p, q: log_mean_exp(p - q))(W)
+    p, q = (jax.vmap(lambda pair: f(W, pair))(PAIRS) for f in (log_p, log_q))
+    posterior = jax.nn.softmax(p)
+    others = lambda own: over_tuples(traces - 1, lambda p, q: log_mean_exp(jnp.append(p - q, own)))(W) if traces > 1 else own
+    upper = sum(posterior[i] * others(p[i] - q[i]) for i in range(4))
+    bounds = vi.evidence_bounds(model, guide, traces)
+    values = {"a": PAIRS[:, 0], "b": PAIRS[:, 1]}
+    both = lambda rng_key: jax.vmap(lambda exact: jnp.stack(bounds(rng_key, exact, W)))(values)
+    monkeypatch.setattr(jax.random, "split", lambda key, num=2: [key] * num)  # both from one world
+    found = exact_expectation(both, {"a": (), "b": ()}, monkeypatch, traces_drawn=traces)
+    np.testing.assert_allclose(posterior @ found, [lower, upper], atol=1e-5)
+    assert lower < jax.nn.logsumexp(p) < upper
+
+
 # --- estimated densities: b is kept, a integrated out --------------------------------------------------------------------
 
 
