@@ -43,7 +43,7 @@ class LoRA:
 
     Matrices in bfloat16 round the sum: small changes are lost there, so train on a model in float32.
 
-    Raises ValueError where `rank` is not positive or a pattern matches nothing.
+    Raises ValueError where `rank` is not positive or a pattern matches nothing, TypeError for other models.
 
     >>> import jax
     >>> from latentrace import models
@@ -56,6 +56,7 @@ class LoRA:
     """
 
     def __init__(self, lm: TransformerLM, rank: int, *, alpha: float | None = None, targets: Sequence[str] | None = None):
+        _check_model("LoRA", lm)
         if rank < 1:
             raise ValueError(f"LoRA: rank must be at least 1, not {rank}")
         self.lm, self.rank, self.alpha = lm, rank, float(rank if alpha is None else alpha)
@@ -75,7 +76,11 @@ class LoRA:
         return params
 
     def apply(self, params: Params) -> TransformerLM:
-        """The adapted model; differentiable in `params`, and in nothing else."""
+        """The adapted model; differentiable in `params`, and in nothing else. Raises ValueError for those of another."""
+        if other := sorted(set(params) ^ set(self.modules)):
+            raise ValueError(
+                f"LoRA: params are those of another adapter: {other[0]} is in one of them only; take those of `init`"
+            )
         return _low_rank(self, params)
 
     def save(self, params: Params, directory: str | Path) -> None:
@@ -165,7 +170,7 @@ class SoftPrompt:
         lm: the frozen model.
         length: number of vectors.
 
-    Raises ValueError where `length` is not positive or exceeds the model's context.
+    Raises ValueError where `length` is not positive or exceeds the model's context, TypeError for other models.
 
     >>> import jax
     >>> from latentrace import models
@@ -177,6 +182,7 @@ class SoftPrompt:
     """
 
     def __init__(self, lm: TransformerLM, length: int):
+        _check_model("SoftPrompt", lm)
         if not 1 <= length < lm.max_length:
             raise ValueError(f"SoftPrompt: length must be from 1 to less than the context of {lm.max_length}, not {length}")
         self.lm, self.length = lm, length
@@ -240,6 +246,11 @@ def _with_rows(soft: SoftPrompt, rows: Array) -> TransformerLM:
     lm = jax.lax.stop_gradient(soft.lm)
     table = lm.weights["embedding"]
     return replace(lm, weights=lm.weights | {"embedding": jnp.concatenate([table, rows.astype(table.dtype)])})
+
+
+def _check_model(name: str, lm: Any) -> None:
+    if not isinstance(lm, TransformerLM):
+        raise TypeError(f"{name}: lm must be a TransformerLM, not {type(lm).__name__}; other models are trained whole")
 
 
 def _matrices(lm: TransformerLM) -> list[Weight]:

@@ -11,7 +11,7 @@ from latentrace.ppl import run
 from latentrace.ppl.errors import SiteError
 
 from .families import write_checkpoint
-from .helpers import transformer
+from .helpers import markov, transformer
 from .test_families import golden
 
 TOKENS = np.array([3, 5, 2, 7, 4, 9, 10, 2])
@@ -160,7 +160,11 @@ def test_lora_errors(tmp_path):
         models.LoRA(lm, 2, targets=["q_proj", "query"])
     with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
         models.LoRA(lm, 0)
+    with pytest.raises(TypeError, match="LoRA: lm must be a TransformerLM, not MarkovLM"):
+        models.LoRA(markov(), 2)
     lora = models.LoRA(lm, 2)
+    with pytest.raises(ValueError, match=r"those of another adapter: layers.0.mlp.down_proj is in one of them only"):
+        lora.apply(models.LoRA(lm, 2, targets=["q_proj"]).init(KEY))
     lora.save(lora.init(KEY), tmp_path)
     with pytest.raises(models.CheckpointError, match=r"q_proj has shape \(24, 16\), the base model's is \(16, 16\)"):
         models.LoRA.load(transformer(head_dim=4), tmp_path)

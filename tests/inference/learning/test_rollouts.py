@@ -143,6 +143,7 @@ def test_errors(lm):
         learning.rollouts(jax.random.key(1), lm, PROMPTS, bad, **SIZES)
 
 
+@pytest.mark.slow
 def test_a_soft_target_is_learned():
     """Trajectory balance on a policy's own texts finds p_reference exp(R / beta), enumerated."""
     lm, beta = programs.markov(3, seed=6), 0.5
