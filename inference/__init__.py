@@ -1,6 +1,6 @@
 """Inference: algorithms that run on any program and return a `Posterior`."""
 
-from . import diagnostics, mcmc, plots, smc
+from . import diagnostics, learning, mcmc, plots, smc, vi
 from .anytime import Budget, Checkpoint
 from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
@@ -27,9 +27,11 @@ __all__ = [
     "TemperedSMC",
     "WasteFreeSMC",
     "diagnostics",
+    "learning",
     "mcmc",
     "plots",
     "simulation_based_calibration",
     "smc",
     "tarp",
+    "vi",
 ]

@@ -1,5 +1,6 @@
 """Language models: transformers in Hugging Face layout, Markov and hidden Markov models, and the shipped reasoner."""
 
+from latentrace.models.adapters import LoRA, SoftPrompt
 from latentrace.models.config import LayerOptions, TransformerConfig
 from latentrace.models.errors import CheckpointError
 from latentrace.models.hmm import HMMLM
@@ -17,9 +18,11 @@ __all__ = [
     "HMMLM",
     "CheckpointError",
     "LayerOptions",
+    "LoRA",
     "MarkovLM",
     "RewardModel",
     "Rope",
+    "SoftPrompt",
     "Tokenizer",
     "Transformer",
     "TransformerConfig",

@@ -61,16 +61,16 @@ class Weight:
         shapes = [(rows, *self.columns) for rows in self.rows]
         return [shape[::-1] if self.transposed else shape for shape in shapes]
 
-    def join(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """The array made of the tensors."""
+    def join(self, tensors: list[Any], xp: Any = np) -> Any:
+        """The array made of the tensors, by NumPy or by `jax.numpy`."""
         parts = [tensor.T if self.transposed else tensor for tensor in tensors]
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        joined = parts[0] if len(parts) == 1 else xp.concatenate(parts)
         if self.grouped is None:
             return joined.reshape(self.shape)
         kv_heads, group, head_dim = self.grouped
         bounds = np.cumsum([kv_heads * group, kv_heads]) * head_dim
-        heads = [part.reshape(kv_heads, -1, head_dim, *self.columns) for part in np.split(joined, bounds)]
-        return np.concatenate(heads, axis=1)
+        heads = [part.reshape(kv_heads, -1, head_dim, *self.columns) for part in xp.split(joined, bounds)]
+        return xp.concatenate(heads, axis=1)
 
     def split(self, value: np.ndarray) -> list[np.ndarray]:
         """The tensors that make the array: the inverse of `join`."""
@@ -171,7 +171,7 @@ class Checkpoint:
                 tensors = [self.changes.apply(name, tensor) for name, tensor in zip(weight.names, tensors)]
             dtype = self.config.dtype if weight.is_matrix else np.float32
             value = weight.join(tensors).astype(dtype, copy=False)
-            _put(weights, weight.path, place(weight.path, value))
+            put_weight(weights, weight.path, place(weight.path, value))
         module = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
         return TransformerLM(weights, nnx.split(module)[0], self.config, self.tokenizer)
 
@@ -184,22 +184,23 @@ def save_directory(lm: TransformerLM, directory: Path, dtype: Any = None) -> Non
     names = FAMILIES[lm.config.family].names
     tensors: dict[str, np.ndarray] = {}
     for weight in weight_table(lm.config):
-        value = np.asarray(_get(lm.weights, weight.path)).astype(dtype)
+        value = np.asarray(weight_at(lm.weights, weight.path)).astype(dtype)
         prefix = "" if weight.path == ("head",) else names.prefix
         tensors |= {prefix + name: part for name, part in zip(weight.names, weight.split(value))}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    _write_json(directory / "config.json", raw)
+    write_json(directory / "config.json", raw)
     special = {"bos_token_id": lm.config.bos_id, "eos_token_id": lm.config.eos_id}
-    _write_json(directory / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+    write_json(directory / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     if lm.tokenizer is not None:
         (directory / "tokenizer.json").write_text(lm.tokenizer.definition, encoding="utf-8")
         spelt = {key.removesuffix("_id"): token_name(lm.tokenizer, index) for key, index in special.items()}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings |= {"model_max_length": lm.config.max_length, "chat_template": lm.tokenizer.chat_template} | spelt
-        _write_json(directory / "tokenizer_config.json", {k: v for k, v in settings.items() if v is not None})
+        write_json(directory / "tokenizer_config.json", {k: v for k, v in settings.items() if v is not None})
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """Write a configuration file."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -214,13 +215,15 @@ def _chat_template(directory: Path, tokenizer_config: dict) -> str | None:
     return template
 
 
-def _get(tree: Any, path: tuple[Any, ...]) -> Any:
+def weight_at(tree: Any, path: tuple[Any, ...]) -> Any:
+    """The array at a path of a nested dict of weights."""
     for key in path:
         tree = tree[key]
     return tree
 
 
-def _put(tree: dict, path: tuple[Any, ...], value: jax.Array) -> None:
+def put_weight(tree: dict, path: tuple[Any, ...], value: jax.Array) -> None:
+    """Put an array at a path of a nested dict of weights."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

@@ -73,6 +73,8 @@ def save(lm: TransformerLM, directory: str | Path, dtype: Any = None) -> None:
     are). Hooks are not saved. Raises `CheckpointError` where the model's family cannot express its options."""
     if not isinstance(lm, TransformerLM):
         raise TypeError(f"only a TransformerLM can be saved as a checkpoint, got {type(lm).__name__}")
+    if lm.num_embeddings != lm.vocab_size:
+        raise ValueError("this model holds a soft prompt, which is no part of a checkpoint: save its base model, and it apart")
     save_directory(lm, Path(directory).expanduser(), dtype)
 
 

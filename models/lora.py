@@ -1,4 +1,4 @@
-"""Low-rank adapters in PEFT's layout, added to a base model's weights as they are read.
+"""Low-rank adapters in PEFT's layout, as files: added to a base model's weights as they are read, or read to train on.
 
 A target matrix W becomes W + scale * B A, with A [rank, inputs] and B [outputs, rank] (arXiv:2106.09685, section 4.1).
 """
@@ -53,20 +53,25 @@ class Adapter:
             return tensor
         if "base_layer" in parts:  # peft stores embeddings with the adapter, in case they had grown
             tensor = self.files.read(parts["base_layer"])
-        embedding = "lora_embedding_A" in parts
-        kind = "lora_embedding_" if embedding else "lora_"
-        try:
-            a, b = (self.files.read(parts[kind + side]).astype(np.float32) for side in "AB")
-        except KeyError as error:
-            raise CheckpointError(f"{self.path.parent}: the adapter of {name} lacks its {error.args[0]}") from error
-        change = self._scale(bare_name(name).removesuffix(".weight"), a.shape[0]) * (b @ a)
-        if embedding or self.config.get("fan_in_fan_out"):
+        scale, a, b = self.factors(name)
+        change = scale * (b @ a)
+        if "lora_embedding_A" in parts or self.config.get("fan_in_fan_out"):
             change = change.T
         if change.shape != tensor.shape:
             raise CheckpointError(
                 f"{self.path.parent}: the adapter of {name} has shape {change.shape}, the base model's is {tensor.shape}"
             )
         return tensor.astype(np.float32) + change
+
+    def factors(self, name: str) -> tuple[float, np.ndarray, np.ndarray]:
+        """What scale * B A is added to a tensor: the scale, A float32[rank, inputs] and B float32[outputs, rank]."""
+        parts = self.parts[bare_name(name)]
+        kind = "lora_embedding_" if "lora_embedding_A" in parts else "lora_"
+        try:
+            a, b = (self.files.read(parts[kind + side]).astype(np.float32) for side in "AB")
+        except KeyError as error:
+            raise CheckpointError(f"{self.path.parent}: the adapter of {name} lacks its {error.args[0]}") from error
+        return self._scale(bare_name(name).removesuffix(".weight"), a.shape[0]), a, b
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = _of_module(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from latentrace.ppl.language_model import Array, Block, LanguageModel, Memory, empty_memory, token_log_probs
+from latentrace.ppl.language_model import Array, LanguageModel, log_probs_after
 
 
 def log_probs(lm: LanguageModel, tokens: Any, prompt: Any = ()) -> Array:
@@ -24,19 +24,7 @@ def log_probs(lm: LanguageModel, tokens: Any, prompt: Any = ()) -> Array:
         True
     """
     ids = jnp.asarray(prompt if len(prompt) else [lm.start_id], jnp.int32)
-    return _log_probs(lm, jnp.atleast_2d(jnp.asarray(tokens, jnp.int32)), ids)
+    return _log_probs(lm, ids, jnp.atleast_2d(jnp.asarray(tokens, jnp.int32)))
 
 
-@jax.jit
-def _log_probs(lm: LanguageModel, tokens: Array, prompt: Array) -> Array:
-    memory, known = empty_memory(), prompt.shape[0] - 1
-    if known:  # all of the prompt but its last token, which is fed with each text
-        entries = lm.forward(prompt[:-1], memory)[1]
-        last = jax.tree.map(lambda x: x[..., -1:, :], entries)
-        memory = Memory((Block(entries, jnp.ones(known, bool)),), jnp.int32(known), last)
-
-    def one(text: Array) -> Array:
-        features, _ = lm.forward(jnp.concatenate([prompt[-1:], text[:-1]]), memory)
-        return token_log_probs(lm, features, text)
-
-    return jax.vmap(one)(tokens)
+_log_probs = jax.jit(log_probs_after)

@@ -60,7 +60,8 @@ class Transformer(nnx.Module):
     def unembed(self, features: Array) -> Array:
         """Logits float32[T, V] of features [T, hidden]."""
         head = self.embedding if self.head is None else self.head
-        return soft_cap(project(features, head[...]), self.config.logit_cap)
+        rows = head[...][: self.config.vocab_size]  # a table may have more: vectors that are read and never written
+        return soft_cap(project(features, rows), self.config.logit_cap)
 
     def __call__(self, tokens: Array) -> Array:
         """Logits float32[B, T, V] of int[B, T], for training."""
@@ -108,6 +109,11 @@ class TransformerLM:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def num_embeddings(self) -> int:
+        """How many token ids may be given: those from `vocab_size` on, a `SoftPrompt`'s, are read and never written."""
+        return self.weights["embedding"].shape[0]  # type: ignore[no-any-return]
 
     @property
     def eos_id(self) -> int:

@@ -102,7 +102,28 @@ def token_log_probs(lm: LanguageModel, features: Array, tokens: Array) -> Array:
         logits = lm.unembed(row[0][None])[0]
         return logits[row[1]] - jax.nn.logsumexp(logits)
 
-    return jax.lax.map(one, (features, tokens), batch_size=min(CHUNK, tokens.shape[0]))
+    # a gradient computes each chunk's logits again rather than keep those of all
+    return jax.lax.map(jax.checkpoint(one, prevent_cse=False), (features, tokens), batch_size=min(CHUNK, tokens.shape[0]))
+
+
+def log_probs_after(lm: LanguageModel, prompt: Array, texts: Array) -> Array:
+    """log p(texts[n, t] | prompt, texts[n, :t]) in nats: float32[N, T] of int32[P] and int32[N, T]. Differentiable in weights.
+
+    The prompt, one token at least, may be padded at its end with negative ids; it is read once for all texts.
+    """
+    known = (prompt >= 0).sum().astype(jnp.int32) - 1  # all of it but its last token, which is fed with each text
+    ids, memory = jnp.maximum(prompt, 0), empty_memory()
+    if len(ids) > 1:
+        entries = lm.forward(ids[:-1], memory)[1]
+        latest = lambda x: jax.lax.dynamic_slice_in_dim(x, jnp.maximum(known - 1, 0), 1, axis=-2)
+        last = jax.tree.map(lambda x: jnp.where(known > 0, latest(x), 0), entries)
+        memory = Memory((Block(entries, jnp.arange(len(ids) - 1) < known),), known, last)
+
+    def one(text: Array) -> Array:
+        features, _ = lm.forward(jnp.concatenate([ids[known][None], text[:-1]]), memory)
+        return token_log_probs(lm, features, text)
+
+    return jax.vmap(one)(texts)
 
 
 CHUNK = 16

@@ -99,7 +99,9 @@ def bucket(length: int) -> int:
     return next((b for b in BUCKETS if b >= length), -(-length // 8192) * 8192)
 
 
-def _given_tokens(lm: LanguageModel, text: Any, site: str, *, start: bool = False, pad_to: int = 0) -> Array:
+def given_tokens(
+    lm: LanguageModel, text: Any, site: str, *, start: bool = False, pad_to: int = 0, scored: bool = False
+) -> Array:
     """int32[bucket] of given text or ids, padded with PAD. Traced ids are taken as they are."""
     if isinstance(text, str):
         text = [*([lm.start_id] if start and lm.adds_start else []), *lm.encode(text)] if text else []
@@ -113,7 +115,8 @@ def _given_tokens(lm: LanguageModel, text: Any, site: str, *, start: bool = Fals
     ids = np.asarray(text if len(text) else np.zeros(0), dtype=np.int64)
     if ids.ndim != 1:
         raise SiteError(f"{site}: expected a text or a list of token ids, found shape {ids.shape}")
-    limit = max(lm.vocab_size, lm.start_id + 1)
+    read_only = 0 if scored else getattr(lm, "num_embeddings", 0)  # tokens that the model reads and never writes
+    limit = max(lm.vocab_size, lm.start_id + 1, read_only)
     if ids.size and (ids.min() < 0 or ids.max() >= limit):
         wrong = ids[(ids < 0) | (ids >= limit)][0]
         raise SiteError(f"{site}: token id {wrong} is outside the vocabulary of {lm.vocab_size} tokens")
@@ -136,7 +139,7 @@ def prompt(lm: LanguageModel, text: str | Sequence[int] | Array = "", *, pad_to:
     site_name("prompt")
     if not isinstance(lm, LanguageModel):
         raise SiteError(f"prompt: expected a LanguageModel, found {type(lm).__name__}; load one with `models.load`")
-    tokens = _given_tokens(lm, text, "prompt", start=True, pad_to=pad_to)
+    tokens = given_tokens(lm, text, "prompt", start=True, pad_to=pad_to)
     return Context(prompt_p.bind(tokens, model=model_number(lm), name="prompt()")[0], lm)
 
 
@@ -146,7 +149,7 @@ def extend(context: Context, text: str | Sequence[int] | Array | Text) -> Contex
     A finished context that is extended goes on: its EOS stays in it as a token.
     """
     site_name("extend")
-    tokens = _given_tokens(context.lm, text, "extend")
+    tokens = given_tokens(context.lm, text, "extend")
     return Context(extend_p.bind(context.handle, tokens, model=model_number(context.lm), name="extend()")[0], context.lm)
 
 
@@ -156,7 +159,7 @@ def score(name: str, context: Context, text: str | Sequence[int] | Array | Text)
     Nothing can follow the end of a finished context: there a non-empty text has probability 0.
     """
     full = site_name(name)
-    tokens = _given_tokens(context.lm, text, f"site {full!r}")
+    tokens = given_tokens(context.lm, text, f"site {full!r}", scored=True)
     return Context(score_p.bind(context.handle, tokens, model=model_number(context.lm), name=full)[0], context.lm)
 
 

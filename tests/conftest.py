@@ -7,7 +7,7 @@ import jax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import programs`: models, programs and oracles
-CORE = ("ppl", "inference")
+CORE = {"ppl", "inference"}
 MAPS = 30_000
 """memory maps of a process, half of what Linux allows: a compiled program takes several, and one too many ends the process"""
 

@@ -25,6 +25,8 @@ from latentrace.models.reasoner.evaluate import bootstrap_interval
 
 LM = models.load("reasoner")
 BASE, TREE = jax.tree.flatten(LM)
+TOKENS_OF_A_TEXT = 37
+"""about; for the schedule of the learning rate"""
 
 
 def lms(params):
@@ -75,8 +77,8 @@ class Budget(Exception):
     """Enough tokens have been generated."""
 
 
-def train(name, loss, params, problems, arguments, tokens, steps):
-    """Until so many tokens are generated, or so many steps done; the parameters, and the tokens."""
+def train(name, loss, params, problems, arguments, tokens):
+    """Until so many tokens are generated; the parameters, and the tokens."""
     spent, found, began = 0.0, [], time.perf_counter()
 
     def watch(fit):
@@ -88,9 +90,11 @@ def train(name, loss, params, problems, arguments, tokens, steps):
         if spent >= tokens:
             raise Budget
 
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(arguments.rate))
+    steps = int(tokens / (arguments.batch * arguments.traces * TOKENS_OF_A_TEXT)) + 1
+    schedule = optax.warmup_cosine_decay_schedule(0.0, arguments.rate, 10, steps, arguments.rate / 20)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     try:
-        learning.fit(loss, params, optimizer, num_steps=steps, rng_key=jax.random.key(arguments.seed), data=problems,
+        learning.fit(loss, params, optimizer, num_steps=2 * steps, rng_key=jax.random.key(arguments.seed), data=problems,
                      batch_size=arguments.batch, segment=10, on_segment=watch, progress=False)  # fmt: skip
     except Budget:
         pass
@@ -132,14 +136,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"base {found['base'][0].mean():.3f}", flush=True)
     if "rejection" in arguments.ways:
         loss = loss_of(rejection, answers.answering, arguments.traces)
-        params, tokens = train("rejection", loss, start, problems, arguments, arguments.tokens, 100_000)
+        params, tokens = train("rejection", loss, start, problems, arguments, arguments.tokens)
         found["rejection-sampling fine-tuning"] = accuracy(params, questions, arguments.samples), tokens
     if "bound" in arguments.ways:
         first = loss_of(forward_kl, answers.thinking, arguments.traces)
         share = arguments.tokens * arguments.guide_share
-        params, before = train("guide", first, start, problems, arguments, share, 100_000)
+        params, before = train("guide", first, start, problems, arguments, share)
         loss = loss_of(bound, answers.hinted, arguments.traces)
-        params, tokens = train("bound", loss, params, problems, arguments, arguments.tokens - before, 100_000)
+        params, tokens = train("bound", loss, params, problems, arguments, arguments.tokens - before)
         found["bound of K traces"] = accuracy(params, questions, arguments.samples), before + tokens
     print(f"\n{'':34}{'tokens':>12}{'accuracy':>10}{'95 %':>16}")
     for name, (each, tokens) in found.items():

@@ -208,8 +208,10 @@ def test_scoring_many_texts(lm, prompt):
         np.testing.assert_allclose(row, every[jnp.arange(20) + len(given) - 1, text], atol=1e-4)
 
 
-def test_scoring_holds_few_logits():
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_scoring_holds_few_logits(wants_gradient):
     """64 texts of 128 tokens over 20,000 tokens: their logits would take 655 MB."""
     lm, texts = transformer(vocab_size=20_000, max_length=256), jnp.zeros((64, 128), jnp.int32)
-    compiled = scoring._log_probs.lower(lm, texts, jnp.zeros(1, jnp.int32)).compile()
+    fn = jax.jit(jax.grad(lambda *args: scoring._log_probs(*args).sum())) if wants_gradient else scoring._log_probs
+    compiled = fn.lower(lm, jnp.zeros(1, jnp.int32), texts).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 128 * 20_000 * 4 / 2
