@@ -1,6 +1,6 @@
 """Inference: algorithms that run on any program and return a `Posterior`."""
 
-from . import diagnostics, learning, mcmc, plots, smc, vi
+from . import diagnostics, mcmc, plots, smc
 from .anytime import Budget, Checkpoint
 from .calibration import simulation_based_calibration, tarp
 from .exact import Exact
@@ -8,6 +8,8 @@ from .importance import ImportanceSampling
 from .mcmc import MCMC
 from .posterior import Ledger, Marginal, Posterior
 from .smc import PMMH, SMC, SMC2, ParticleGibbs, ResampleMove, SMCSteering, TemperedSMC, WasteFreeSMC
+
+from . import learning, vi  # isort: skip  (made of all the others)
 
 __all__ = [
     "MCMC",
