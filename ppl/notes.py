@@ -15,8 +15,8 @@ Array = jax.Array
 
 
 Visit = Callable[[SiteRef, Any, Array, Choices, Array], tuple[Array, Any]]
-"""Of a visit of a site, the distribution, the value, the choices before it and which one it is: the log density float32[], nats,
-and more to record."""
+"""Of a visit of a site, the distribution, the value, the choices before it and which one it is: the log density float32[],
+nats, and more to record."""
 
 
 class Notes(NamedTuple):

@@ -190,8 +190,8 @@ def hoist(fn: Callable[..., Any], *args: Any, what: str | None = None) -> tuple[
 def sample(name: str, dist: Any, *, auxiliary: bool = False) -> Array:
     """A random value from a NumPyro distribution.
 
-    Returns an array of shape `dist.batch_shape + dist.event_shape`. An `auxiliary` value of a guide is noise that other sites are
-    made of, whose densities account for it: the model has no such site.
+    Returns an array of shape `dist.batch_shape + dist.event_shape`. An `auxiliary` value of a guide is noise that other sites
+    are made of, whose densities account for it: the model has no such site.
 
     >>> import numpyro.distributions as dist
     >>> from latentrace import ppl

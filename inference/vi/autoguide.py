@@ -38,8 +38,8 @@ class _Messages:
             return self.drawn.value(site, distribution, number)[0], self
         if site.path:
             raise SiteError(
-                f"site {site.name!r} stands in a loop or plate, where NumPyro's automatic guides do not see it; make it one site "
-                "of vectors, or write its guide"
+                f"site {site.name!r} stands in a loop or plate, where NumPyro's automatic guides do not see it; make it one "
+                "site of vectors, or write its guide"
             )
         return numpyro.sample(site.name, distribution), self
 

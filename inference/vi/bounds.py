@@ -16,10 +16,10 @@ Array = jax.Array
 def evidence_bounds(model: Any, guide: Any, num_traces: int) -> Callable[..., tuple[Array, Array]]:
     """A function `(rng_key, exact, *args) -> (lower, upper)`, float32[] each, nats, with E[lower] <= log p(x) <= E[upper].
 
-    The lower bound is `iwae`'s of `num_traces` traces. In the upper one `exact`, the values by site of one draw from the posterior,
-    competes with one trace less (Grosse et al. 2015, Sobolev and Vetrov 2019). Exact draws are known where data are simulated from
-    the model, by enumeration, or by rejection. With one trace the distance of the expected bounds is KL(q || p) + KL(p || q); the
-    guide is perfect iff it is 0.
+    The lower bound is `iwae`'s of `num_traces` traces. In the upper one `exact`, the values by site of one draw from the
+    posterior, competes with one trace less (Grosse et al. 2015, Sobolev and Vetrov 2019). Exact draws are known where data are
+    simulated from the model, by enumeration, or by rejection. With one trace the distance of the expected bounds is KL(q || p)
+    + KL(p || q); the guide is perfect iff it is 0.
 
     >>> import jax, numpyro.distributions as dist
     >>> from latentrace import ppl

@@ -1,4 +1,5 @@
-"""Log densities of programs at traces, inside differentiated functions: sums whose terms know on which choices they may depend."""
+"""Log densities of programs at traces, inside differentiated functions: sums whose terms know on which choices they may
+depend."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -91,8 +92,8 @@ def _check_names(staged: Staged, given: Mapping[str, Any], trace: Trace) -> None
             raise SiteNameError(f"the guide draws site {name!r}, whose value is given in the model; drop one of both")
         if name not in wanted:
             raise SiteNameError(
-                f"the guide draws site {name!r}, which the model has not; {near_misses(name, wanted)}. What a guide draws besides is "
-                "integrated out by vi.marginal"
+                f"the guide draws site {name!r}, which the model has not; {near_misses(name, wanted)}. What a guide draws "
+                "besides is integrated out by vi.marginal"
             )
 
 
@@ -108,7 +109,8 @@ def _check_sites(staged: Staged, plan: Plan) -> None:
             raise SiteError(f"site {name!r}: the guide draws {kind(drawn)}, the model wants {kind(site)}; make them one kind")
         if site.dims != drawn.dims:
             raise SiteError(
-                f"site {name!r}: the guide draws it in loops and plates of {[*drawn.dims]}, the model in those of {[*site.dims]}"
+                f"site {name!r}: the guide draws it in loops and plates of {[*drawn.dims]}, the model in those of "
+                f"{[*site.dims]}"
             )
         if name in models:
             _check_support(name, plan.equations[name], models[name])
@@ -133,8 +135,8 @@ def _check_support(name: str, guide: Any, model: Any) -> None:
         inside = all(bool(np.all(wanted(biject_to(of)(jnp.asarray(x))))) for x in points)
     if not inside:
         raise SiteError(
-            f"site {name!r}: the guide's support is {_called(of)}, the model's {_called(wanted)}: where they differ the model's density "
-            "is 0; transform the guide's distribution, by numpyro.distributions.TransformedDistribution for one"
+            f"site {name!r}: the guide's support is {_called(of)}, the model's {_called(wanted)}: where they differ the "
+            "model's density is 0; transform the guide's distribution, by numpyro.distributions.TransformedDistribution for one"
         )
 
 

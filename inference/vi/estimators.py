@@ -45,8 +45,8 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Reparameterised(Estimator):
-    """The value as a smooth function of noise and parameters (Kingma and Welling 2014); implicitly differentiated for gamma, beta
-    and Dirichlet (Figurnov et al. 2018). The default of continuous sites."""
+    """The value as a smooth function of noise and parameters (Kingma and Welling 2014); implicitly differentiated for gamma,
+    beta and Dirichlet (Figurnov et al. 2018). The default of continuous sites."""
 
     def check(self, site: str, distribution: Any) -> None:
         if not distribution.has_rsample:
@@ -73,14 +73,15 @@ class Reparameterised(Estimator):
 
 @dataclass(frozen=True)
 class ScoreFunction(Estimator):
-    """The cost times the gradient of the log density (REINFORCE, Williams 1992). The default of all other sites, texts included.
+    """The cost times the gradient of the log density (REINFORCE, Williams 1992). The default of all other sites, texts
+    included.
 
-    The cost of a choice is that of what may depend on it: of a `vi.LogDensity`, what is paid from there on ("reward to go"), token
-    by token in a text and step by step in a loop.
+    The cost of a choice is that of what may depend on it: of a `vi.LogDensity`, what is paid from there on ("reward to go"),
+    token by token in a text and step by step in a loop.
 
     Args:
-        baseline: nats, float[] or of the shape of the site's choices: an axis for each loop, and of tokens last for a text. It is
-            subtracted from the cost, and leaves the gradient unbiased as long as it does not depend on the choice: a moving
+        baseline: nats, float[] or of the shape of the site's choices: an axis for each loop, and of tokens last for a text. It
+            is subtracted from the cost, and leaves the gradient unbiased as long as it does not depend on the choice: a moving
             average of earlier costs, or what a network predicts from what comes before. None for the mean over the other
             samples where an expectation has several ("leave one out"), and 0 where it has one.
     """
@@ -115,8 +116,8 @@ class GumbelSoftmax(Estimator):
     def check(self, site: str, distribution: Any) -> None:
         if not isinstance(_within(distribution), OneHot):
             raise SiteError(
-                f"site {site!r}: {_name(distribution)} has no relaxation; make it a one-hot vector, vi.OneHot(logits), or choose "
-                "vi.ScoreFunction()"
+                f"site {site!r}: {_name(distribution)} has no relaxation; make it a one-hot vector, vi.OneHot(logits), or "
+                "choose vi.ScoreFunction()"
             )
 
     def draw(self, distribution: Any, draw: Draw) -> Array:
@@ -141,14 +142,15 @@ class AcceptReject(Estimator):
     """Gamma, beta and Dirichlet reparameterised through what a rejection sampler accepts (Naesseth et al. 2017).
 
     A gamma variable of shape a >= 1 is h(e, a) = (a - 1/3) (1 + e / sqrt(9 a - 3))^3, with e the normal variable that Marsaglia
-    and Tsang's sampler accepts; one of a smaller shape is that of a + 1 times u^(1 / a). The density of e depends on a, which the
-    score log q(h(e, a)) + log |dh/de| makes up for.
+    and Tsang's sampler accepts; one of a smaller shape is that of a + 1 times u^(1 / a). The density of e depends on a, which
+    the score log q(h(e, a)) + log |dh/de| makes up for.
     """
 
     def check(self, site: str, distribution: Any) -> None:
         if not isinstance(_within(distribution), (dist.Gamma, dist.Beta, dist.Dirichlet)):
             raise SiteError(
-                f"site {site!r}: {_name(distribution)} is not drawn by rejection; choose vi.Reparameterised() or vi.ScoreFunction()"
+                f"site {site!r}: {_name(distribution)} is not drawn by rejection; choose vi.Reparameterised() or "
+                "vi.ScoreFunction()"
             )
 
     def draw(self, distribution: Any, draw: Draw) -> Array:
@@ -192,14 +194,15 @@ CATEGORICAL = (dist.CategoricalProbs, dist.CategoricalLogits)
 
 
 class Pairs(list[tuple[Array, Array, Array, Array]]):
-    """For each parameter of a distribution: the parameter, a coefficient c, and values x+ and x-, each of the shape of the value.
-    The gradient of E[f] for element i of the parameter is E[c (f(x+) - f(x-))], element i of the value being replaced."""
+    """For each parameter of a distribution: the parameter, a coefficient c, and values x+ and x-, each of the shape of the
+    value. The gradient of E[f] for element i of the parameter is E[c (f(x+) - f(x-))], element i of the value being
+    replaced."""
 
 
 @dataclass(frozen=True)
 class MeasureValued(Estimator):
-    """The difference of the costs of two coupled values, for each element of the site at each visit (Mohamed et al. 2020, section
-    6): twice as many evaluations as there are elements and parameters. For Normal, Exponential, Poisson, Bernoulli and
+    """The difference of the costs of two coupled values, for each element of the site at each visit (Mohamed et al. 2020,
+    section 6): twice as many evaluations as there are elements and parameters. For Normal, Exponential, Poisson, Bernoulli and
     Categorical; for the latter all values of one visit are tried while those of other visits are drawn, so that in a loop the
     work grows with its length, where `Enumerate` tries all combinations."""
 

@@ -68,8 +68,8 @@ def expectation(
 ) -> Expectation:
     """E[fn(trace)] over traces that `guide` draws: a function `(rng_key, *args) -> float32[]`, `args` being the guide's.
 
-    It returns an unbiased estimate, and its gradient with respect to anything that `guide` or `fn` reads is an unbiased estimate of
-    the gradient of the expectation, unless an estimator is marked as biased. So an objective is a few lines:
+    It returns an unbiased estimate, and its gradient with respect to anything that `guide` or `fn` reads is an unbiased
+    estimate of the gradient of the expectation, unless an estimator is marked as biased. So an objective is a few lines:
 
     >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
     >>> from latentrace import ppl
@@ -89,13 +89,14 @@ def expectation(
     Array(True, dtype=bool)
 
     Args:
-        fn: of a `Trace`, or of `num_traces` of them at once (leading axes). Returns float[] or a `LogDensity`; of several traces
-            also a `Controlled`. It must not use an expectation's estimate otherwise than linearly, as in all of statistics.
+        fn: of a `Trace`, or of `num_traces` of them at once (leading axes). Returns float[] or a `LogDensity`; of several
+            traces also a `Controlled`. It must not use an expectation's estimate otherwise than linearly, as in all of
+            statistics.
         guide: a program without observations, or a distribution made of one (`marginal`, `normalize`).
         estimators: by site; by default `Reparameterised` where that exists, else `ScoreFunction`.
         num_samples: independent evaluations to average, which serve each other as baselines.
-        has_aux: whether `fn` returns a pair of its value and something else, a pytree of arrays, whose mean comes back beside the
-            estimate.
+        has_aux: whether `fn` returns a pair of its value and something else, a pytree of arrays, whose mean comes back beside
+            the estimate.
 
     Raises `SiteError` where an estimator does not suit its site, and for a guide that weighs its traces.
     """
@@ -117,7 +118,8 @@ class _Costs(NamedTuple):
 
 
 class _Estimate:
-    """One estimate. Arrays have leading axes [S, V, K]: samples, variants of each by what is enumerated or replaced, and traces."""
+    """One estimate. Arrays have leading axes [S, V, K]: samples, variants of each by what is enumerated or replaced, and
+    traces."""
 
     def __init__(
         self,
@@ -153,8 +155,8 @@ class _Estimate:
         count = math.prod(radices)
         if count > MOST_COMBINATIONS:
             raise SiteError(
-                f"sites {', '.join(map(repr, names))}: enumeration takes {count:,} combinations, over {MOST_COMBINATIONS:,}; choose "
-                "vi.MeasureValued(), which tries the values of one visit at a time, or vi.ScoreFunction()"
+                f"sites {', '.join(map(repr, names))}: enumeration takes {count:,} combinations, over {MOST_COMBINATIONS:,}; "
+                "choose vi.MeasureValued(), which tries the values of one visit at a time, or vi.ScoreFunction()"
             )
         if count > 1 and self.plan.names(MeasureValued):
             raise SiteError("vi.Enumerate and vi.MeasureValued in one guide are not supported; choose one of both")
@@ -268,8 +270,8 @@ class _Estimate:
 
 
 def mean_over(objective: Callable[..., Array]) -> Callable[..., Array]:
-    """The mean of an objective over a batch: a function `(rng_key, *args, batch)`, where `objective(rng_key, *args, item)` takes one
-    item, arrays without the batch's leading axis. Each item has randomness of its own.
+    """The mean of an objective over a batch: a function `(rng_key, *args, batch)`, where `objective(rng_key, *args, item)`
+    takes one item, arrays without the batch's leading axis. Each item has randomness of its own.
 
     As `jax.vmap` does, but that guides which write texts decode those of all items in one loop without waste.
     """

@@ -15,8 +15,8 @@ Array = jax.Array
 def flow(name: str, distribution: dist.TransformedDistribution, *, auxiliary: bool = False) -> Array:
     """A value of a transformed distribution, such as a normalising flow with networks in it; inside a guide.
 
-    It is drawn from the base distribution, as an auxiliary site, and moved by the transforms, of which none is ever inverted: not all
-    can be, and none cheaply. Their networks' parameters may be traced, which `ppl.sample` cannot take.
+    It is drawn from the base distribution, as an auxiliary site, and moved by the transforms, of which none is ever inverted:
+    not all can be, and none cheaply. Their networks' parameters may be traced, which `ppl.sample` cannot take.
 
     >>> import jax, numpyro.distributions as dist
     >>> from latentrace import ppl
@@ -41,9 +41,9 @@ def flow(name: str, distribution: dist.TransformedDistribution, *, auxiliary: bo
 def implicit(name: str, network: Callable[[Array], Array], noise_size: int, *, scale: float = 1e-2) -> Array:
     """A vector float32[D] = network(e) + scale * n, with e float32[noise_size] and n standard normal; inside a guide.
 
-    Its density has no closed form. It is taken to be that of network(e) + J (e' - e) + scale * n, J being the Jacobian at e and e' a
-    fresh standard normal vector: a Gaussian (Uppal et al. 2023). That is exact where the network is affine. Otherwise an ELBO of such
-    a guide is an approximation, no bound.
+    Its density has no closed form. It is taken to be that of network(e) + J (e' - e) + scale * n, J being the Jacobian at e and
+    e' a fresh standard normal vector: a Gaussian (Uppal et al. 2023). That is exact where the network is affine. Otherwise an
+    ELBO of such a guide is an approximation, no bound.
 
     >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
     >>> from latentrace import ppl

@@ -1,7 +1,7 @@
 """Distributions made of programs, whose densities have no closed form but unbiased estimates.
 
-Each can be the guide or the model of any objective. For a guide the *reciprocal* density is estimated without bias, for a model the
-density itself: by Jensen's inequality a lower bound of the log evidence stays one.
+Each can be the guide or the model of any objective. For a guide the *reciprocal* density is estimated without bias, for a model
+the density itself: by Jensen's inequality a lower bound of the log evidence stays one.
 """
 
 from collections.abc import Callable, Mapping
@@ -130,7 +130,8 @@ class Normalized:
         return of_particles, self.proposal, self.num_particles * (num_traces or 1)
 
     def estimate_at(self, trace: Trace | Mapping[str, Any], args: tuple[Any, ...]) -> LogDensity:
-        """The log of an unbiased estimate of the density of what the inner sampler yields: the trace competes with fresh ones."""
+        """The log of an unbiased estimate of the density of what the inner sampler yields: the trace competes with fresh
+        ones."""
         log_gamma = log_density(self.program, trace, *args).nats
         log_own = jnp.atleast_1d(log_gamma - log_density(self.proposal, trace, *args).nats)
         rows = log_own[:, None]
@@ -153,9 +154,9 @@ def marginal(
 ) -> Marginal:
     """The distribution of the sites `keep` of a program, the others being integrated out by importance sampling.
 
-    With K particles v_1 ... v_K of the other sites the density estimate is 1/K sum_k p(z, v_k) / r(v_k | z). As a guide, v_1 is what
-    was drawn together with z, so that the reciprocal is unbiased, and `vi.elbo` is that of hierarchical variational models (Ranganath
-    et al. 2016), importance-weighted for K > 1 (Sobolev and Vetrov 2019); in `vi.iwae` it is doubly so.
+    With K particles v_1 ... v_K of the other sites the density estimate is 1/K sum_k p(z, v_k) / r(v_k | z). As a guide, v_1 is
+    what was drawn together with z, so that the reciprocal is unbiased, and `vi.elbo` is that of hierarchical variational models
+    (Ranganath et al. 2016), importance-weighted for K > 1 (Sobolev and Vetrov 2019); in `vi.iwae` it is doubly so.
 
     Args:
         program: a program without observations.
@@ -186,12 +187,12 @@ def marginal(
 def normalize(
     program: Any, proposal: Any, num_particles: int, *, estimators: Mapping[str, Estimator] | None = None
 ) -> Normalized:
-    """The posterior of a program as sampling-importance-resampling yields it: of `num_particles` traces of the proposal one is drawn
-    by its weight p(x, z) / q(z).
+    """The posterior of a program as sampling-importance-resampling yields it: of `num_particles` traces of the proposal one is
+    drawn by its weight p(x, z) / q(z).
 
-    Its density at a trace is estimated by the trace's joint density over an estimate of the evidence, in which the trace itself takes
-    part. As a guide it is better than its proposal, the more so the more particles there are; its ELBO is that of Domke and Sheldon
-    (2018), at most `vi.iwae` of as many traces.
+    Its density at a trace is estimated by the trace's joint density over an estimate of the evidence, in which the trace itself
+    takes part. As a guide it is better than its proposal, the more so the more particles there are; its ELBO is that of Domke
+    and Sheldon (2018), at most `vi.iwae` of as many traces.
 
     Args:
         program: a program with observations.
@@ -208,8 +209,9 @@ def _check_particles(what: str, count: int) -> None:
 
 
 def drawing(what: str, estimators: Mapping[str, Estimator], count: int) -> Draw:
-    """How to draw inside an expectation's function: of a guide, its arguments, the number i of what is estimated and a function of
-    a trace and the log density of given values, that function of `count` draws (leading axis), and the sum of their scores."""
+    """How to draw inside an expectation's function: of a guide, its arguments, the number i of what is estimated and a function
+    of a trace and the log density of given values, that function of `count` draws (leading axis), and the sum of their
+    scores."""
     key = current(what).next_key()
 
     def draw(

@@ -1,7 +1,7 @@
 """Objectives of a model and a guide, each a few lines of `expectation` and `log_density`.
 
-Each is a function `(rng_key, *args) -> float32[]` whose gradient is an unbiased estimate of the gradient of its expectation; both
-programs get the same arguments, such as parameters and a batch of data. Bounds are to be maximised; losses are so called.
+Each is a function `(rng_key, *args) -> float32[]` whose gradient is an unbiased estimate of the gradient of its expectation;
+both programs get the same arguments, such as parameters and a batch of data. Bounds are to be maximised; losses are so called.
 """
 
 from collections.abc import Callable, Mapping
@@ -64,12 +64,12 @@ def iwae(
     num_samples: int = 1,
     doubly: bool = False,
 ) -> Objective:
-    """The importance-weighted bound E[log 1/K sum_k p(x, z_k) / q(z_k)] of K traces (Burda et al. 2016), nats: the K-trace bound of
-    reasoning where traces are texts.
+    """The importance-weighted bound E[log 1/K sum_k p(x, z_k) / q(z_k)] of K traces (Burda et al. 2016), nats: the K-trace
+    bound of reasoning where traces are texts.
 
-    Choices that are not reparameterised get leave-one-out baselines as in `vimco`. `doubly` reparameterises twice (Tucker et al.
-    2019): the same expected gradient, whose noise in the guide's parameters does not grow with K. For guides all of whose sites
-    are reparameterised.
+    Choices that are not reparameterised get leave-one-out baselines as in `vimco`. `doubly` reparameterises twice (Tucker et
+    al. 2019): the same expected gradient, whose noise in the guide's parameters does not grow with K. For guides all of whose
+    sites are reparameterised.
     """
 
     def objective(rng_key: Array, *args: Any) -> Array:
@@ -87,8 +87,8 @@ def iwae(
 
 
 def vimco(model: Any, guide: Any, num_traces: int, **options: Any) -> Objective:
-    """`iwae` for guides that are not reparameterised: the baseline of one trace's choices is the bound with that trace's log-weight
-    replaced by the mean of the others' (Mnih and Rezende 2016, equation 10). Takes 2 traces at least."""
+    """`iwae` for guides that are not reparameterised: the baseline of one trace's choices is the bound with that trace's
+    log-weight replaced by the mean of the others' (Mnih and Rezende 2016, equation 10). Takes 2 traces at least."""
     if num_traces < 2:
         raise ValueError(f"vimco compares traces with each other: num_traces must be at least 2, not {num_traces}")
     return iwae(model, guide, num_traces, **options)
@@ -103,9 +103,9 @@ def renyi(
     estimators: Mapping[str, Estimator] | None = None,
     num_samples: int = 1,
 ) -> Objective:
-    """The variational Renyi bound E[1 / (1 - alpha) log 1/K sum_k (p / q)^(1 - alpha)] of K traces (Li and Turner 2016), nats. At
-    alpha 0 it is `iwae`; near 1 it tends to `elbo`. Its gradient is unbiased for this K-trace bound, which itself tends to the Renyi
-    divergence as K grows."""
+    """The variational Renyi bound E[1 / (1 - alpha) log 1/K sum_k (p / q)^(1 - alpha)] of K traces (Li and Turner 2016), nats.
+    At alpha 0 it is `iwae`; near 1 it tends to `elbo`. Its gradient is unbiased for this K-trace bound, which itself tends to
+    the Renyi divergence as K grows."""
     if alpha == 1:
         raise ValueError("renyi: at alpha 1 the bound is vi.elbo")
 
@@ -127,8 +127,8 @@ def chi_squared(
     estimators: Mapping[str, Estimator] | None = None,
     num_samples: int = 1,
 ) -> Objective:
-    """E_q[(p(x, z) / q(z) / exp(log_scale))^2], a loss: half its log, plus log_scale, is an upper bound of log p(x) (CUBO, Dieng et
-    al. 2017). A `log_scale` near the log evidence keeps it near 1; the log itself would make the gradient biased."""
+    """E_q[(p(x, z) / q(z) / exp(log_scale))^2], a loss: half its log, plus log_scale, is an upper bound of log p(x) (CUBO,
+    Dieng et al. 2017). A `log_scale` near the log evidence keeps it near 1; the log itself would make the gradient biased."""
 
     def objective(rng_key: Array, *args: Any) -> Array:
         def cost(trace: Trace) -> Array:
@@ -143,9 +143,9 @@ def chi_squared(
 def forward_kl(guide: Any) -> Callable[..., Array]:
     """-E_p[log q(z)], a loss whose minimum is the guide nearest to p in KL(p || q): a function (traces, log_weights, *args).
 
-    `traces` holds values by site of N weighted draws of p, with a leading axis, such as `posterior.values` of any algorithm, and
-    `log_weights` their float32[N], nats. Nothing else is random. With self-normalised weights of draws from elsewhere the gradient
-    is that of their weighted mean.
+    `traces` holds values by site of N weighted draws of p, with a leading axis, such as `posterior.values` of any algorithm,
+    and `log_weights` their float32[N], nats. Nothing else is random. With self-normalised weights of draws from elsewhere the
+    gradient is that of their weighted mean.
 
     Text sites take token ids, int32[N, ..., max_tokens].
     """
@@ -162,9 +162,9 @@ def wake_phase(model: Any, guide: Any, num_traces: int) -> Objective:
     """Both wake phases of reweighted wake-sleep (Bornschein and Bengio 2015), to be maximised: for the model's parameters the
     gradient of the K-trace bound, for the guide's that of -KL(p || q), by the same self-normalised weights w_k.
 
-    sum_k w_k (log p(x, z_k) + log q(z_k)), with z_k fixed. For the guide it is biased at finite K, as self-normalised averages are
-    (of order 1/K); it needs no gradient through values, so that discrete sites and texts cost nothing more. Parameters that both
-    programs share get both.
+    sum_k w_k (log p(x, z_k) + log q(z_k)), with z_k fixed. For the guide it is biased at finite K, as self-normalised averages
+    are (of order 1/K); it needs no gradient through values, so that discrete sites and texts cost nothing more. Parameters that
+    both programs share get both.
     """
 
     def objective(rng_key: Array, *args: Any) -> Array:
@@ -185,7 +185,8 @@ def wake_phase(model: Any, guide: Any, num_traces: int) -> Objective:
 
 
 def sleep_phase(prior: Any, guide: Any, guide_args: Callable[..., tuple[Any, ...]], *, num_samples: int = 1) -> Objective:
-    """E[log q(z | x)] over traces (x, z) of a generative program, to be maximised: the sleep phase of wake-sleep (Hinton et al. 1995).
+    """E[log q(z | x)] over traces (x, z) of a generative program, to be maximised: the sleep phase of wake-sleep (Hinton et al.
+    1995).
 
     Args:
         prior: a program that draws both latent and observed sites.

@@ -1,4 +1,5 @@
-"""Randomness inside an objective besides its guide's, such as that of estimated densities: its keys, and the scores it leaves."""
+"""Randomness inside an objective besides its guide's, such as that of estimated densities: its keys, and the scores it
+leaves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -217,8 +217,8 @@ def stage_guide(guide: Any, args: tuple[Any, ...]) -> Staged:
     for eqn in trace_eqns(staged.jaxpr):
         if eqn.primitive in (sites.observe_p, sites.factor_p, sites.score_p):
             raise SiteError(
-                f"site {eqn.params['name']!r} weighs the guide's traces ({eqn.primitive.name}); a guide only draws: leave it to the "
-                "model, or make a distribution of the program with vi.normalize"
+                f"site {eqn.params['name']!r} weighs the guide's traces ({eqn.primitive.name}); a guide only draws: leave it to "
+                "the model, or make a distribution of the program with vi.normalize"
             )
         if eqn.primitive is sites.generate_p and weighted(eqn.params):
             raise SiteError(
@@ -232,8 +232,8 @@ def stage_guide(guide: Any, args: tuple[Any, ...]) -> Staged:
 
 
 def draw_traces(staged: Staged, plan: Plan, drafts: Draft, size: int, given: Mapping[str, Any] | None = None) -> Drawn:
-    """`size` traces, one for each draft (leading axis), with some values given to all. Texts are drawn first, by one decoding loop
-    for all traces, and then read by one differentiable pass."""
+    """`size` traces, one for each draft (leading axis), with some values given to all. Texts are drawn first, by one decoding
+    loop for all traces, and then read by one differentiable pass."""
     arrays, skeleton = arrays_of(staged), staged.skeleton()
     known = given_arrays(staged, given or {})
     texts = {name: Redrawn(tokens) for name, tokens in _texts(skeleton, arrays, plan, drafts, size, known).items()}

@@ -1,6 +1,7 @@
 """Word problems of which the answer alone is known: what leads to it is a latent text.
 
-The programs below share their arguments, so that any two of them are a model and a guide of each other; `item` is one row of `arrays`.
+The programs below share their arguments, so that any two of them are a model and a guide of each other; `item` is one row of
+`arrays`.
 """
 
 from collections.abc import Sequence

@@ -3,13 +3,15 @@
 What leads from a training problem to its answer is latent. Compared on held-out problems, at equal numbers of generated tokens:
 
 - rejection-sampling fine-tuning: of the model's own texts those with the right answer are learned, by maximum likelihood;
-- the bound of K traces (the gradient of `vi.iwae` for the model), drawn by a guide that has read the answer. The guide learns by
+- the bound of K traces (the gradient of `vi.iwae` for the model), drawn by a guide that has read the answer. The guide learns
+by
   forward KL: first from the model's own thoughts, weighted by how likely the answer is after each, then from its own.
 
     python tests/benchmarks/reasoning.py --tokens 1500000
 """
 
 import argparse
+import contextlib
 import random
 import time
 
@@ -93,11 +95,9 @@ def train(name, loss, params, problems, arguments, tokens):
     steps = int(tokens / (arguments.batch * arguments.traces * TOKENS_OF_A_TEXT)) + 1
     schedule = optax.warmup_cosine_decay_schedule(0.0, arguments.rate, 10, steps, arguments.rate / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    try:
+    with contextlib.suppress(Budget):
         learning.fit(loss, params, optimizer, num_steps=2 * steps, rng_key=jax.random.key(arguments.seed), data=problems,
                      batch_size=arguments.batch, segment=10, on_segment=watch, progress=False)  # fmt: skip
-    except Budget:
-        pass
     return found[0].params, spent
 
 

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/vae.py --batches 64 256 1024
 
-Steps of the three are timed in turns, whole and compiled (value, gradient and update by Adam). Prints the median ratio to hand-written
-JAX, and the temporary memory of the compiled step.
+Steps of the three are timed in turns, whole and compiled (value, gradient and update by Adam). Prints the median ratio to
+hand-written JAX, and the temporary memory of the compiled step.
 """
 
 import argparse

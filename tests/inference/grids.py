@@ -1,8 +1,8 @@
 """The exact expectation of a gradient estimate: all of its random choices, as points of a grid.
 
 Each choice is drawn from a uniform number by the inverse of its distribution function. Where all probabilities are multiples of
-1 / G, uniform numbers in the middle of G equal parts of [0, 1) stand for all, whatever depends on them: the mean over all grids is
-the expectation.
+1 / G, uniform numbers in the middle of G equal parts of [0, 1) stand for all, whatever depends on them: the mean over all grids
+is the expectation.
 """
 
 import math
@@ -33,8 +33,8 @@ def exact_expectation(
     inside_drawn: int = 1,
     grid: int = 4,
 ) -> Any:
-    """The mean of fn(rng_key) over all random choices of sites that are visited so often (dimensions of loops, plates and tokens)
-    by each of `traces_drawn` traces, and of those `inside` the expectation's function."""
+    """The mean of fn(rng_key) over all random choices of sites that are visited so often (dimensions of loops, plates and
+    tokens) by each of `traces_drawn` traces, and of those `inside` the expectation's function."""
     offsets, total = {}, 0
     for level, (sites, count) in enumerate([(visits, traces_drawn), (inside or {}, inside_drawn)]):
         for name, dims in sites.items():

@@ -208,7 +208,7 @@ def test_more_misfits():
     extra = lambda: (ppl.sample("z", UNIT_NORMAL), ppl.sample("more", UNIT_NORMAL))
     with pytest.raises(SiteNameError, match=r"draws site 'more', which the model has not.*vi\.marginal"):
         _bound(one("z", UNIT_NORMAL), extra)
-    with pytest.raises(SiteNameError, match="estimator of site 'y'.*'z'"):
+    with pytest.raises(SiteNameError, match=r"estimator of site 'y'.*'z'"):
         _bound(one("z", UNIT_NORMAL), one("z", UNIT_NORMAL), estimators={"y": vi.ScoreFunction()})
     given = ppl.program(one("z", UNIT_NORMAL)).condition({"z": 1.0})
     with pytest.raises(SiteNameError, match="'z', whose value is given in the model"):

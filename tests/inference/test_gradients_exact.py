@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from .grids import enumerated_traces, exact_expectation
 
 from latentrace import models, ppl
 from latentrace.inference import vi
+
+from .grids import enumerated_traces, exact_expectation
 
 PARAMS = jnp.zeros(6)
 
@@ -50,7 +51,7 @@ def looping():
             x = ppl.sample("x", coin(jnp.where(x == 1, 0.75, 0.25), w[0] * (1.0 + i) + w[1] * x))
             return x, x
 
-        x, xs = jax.lax.scan(step, 1, jnp.arange(3))
+        _, xs = jax.lax.scan(step, 1, jnp.arange(3))
         ppl.sample("end", coin(jnp.where(xs.sum() > 1, 0.5, 0.25), w[2]))
 
     @ppl.program

@@ -1,5 +1,5 @@
-"""Objectives of several traces, and of estimated densities: the expectation of the estimated gradient, over all random choices, is
-the gradient of the objective's definition."""
+"""Objectives of several traces, and of estimated densities: the expectation of the estimated gradient, over all random choices,
+is the gradient of the objective's definition."""
 
 import itertools
 
