@@ -190,9 +190,9 @@ def normalize(
     """The posterior of a program as sampling-importance-resampling yields it: of `num_particles` traces of the proposal one is
     drawn by its weight p(x, z) / q(z).
 
-    Its density at a trace is estimated by the trace's joint density over an estimate of the evidence, in which the trace itself
-    takes part. As a guide it is better than its proposal, the more so the more particles there are; its ELBO is that of Domke
-    and Sheldon (2018), at most `vi.iwae` of as many traces.
+    Its density at a trace is estimated by the trace's joint density over an estimate of the evidence in which the trace itself
+    takes part. As a guide it is the nearer to the posterior the more particles there are; its ELBO is `vi.iwae` of as many traces
+    of the proposal (Domke and Sheldon 2018).
 
     Args:
         program: a program with observations.

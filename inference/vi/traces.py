@@ -217,8 +217,8 @@ def stage_guide(guide: Any, args: tuple[Any, ...]) -> Staged:
     for eqn in trace_eqns(staged.jaxpr):
         if eqn.primitive in (sites.observe_p, sites.factor_p, sites.score_p):
             raise SiteError(
-                f"site {eqn.params['name']!r} weighs the guide's traces ({eqn.primitive.name}); a guide only draws: leave it to "
-                "the model, or make a distribution of the program with vi.normalize"
+                f"site {eqn.params['name']!r} weighs the guide's traces ({eqn.primitive.name}); a guide only draws: leave it "
+                "to the model, or make a distribution of the program with vi.normalize"
             )
         if eqn.primitive is sites.generate_p and weighted(eqn.params):
             raise SiteError(

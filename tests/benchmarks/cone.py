@@ -3,8 +3,8 @@
     x, y ~ Normal(0, 10);  z ~ Normal(x^2 + y^2, 0.1 + (x^2 + y^2) / 100) = 5
 
 A mean-field guide; and one on the circle, x ~ Normal(sqrt(z) cos 2 pi u, s1), y ~ Normal(sqrt(z) sin 2 pi u, s2) with
-u ~ Uniform(0, 1) integrated out by 1 or 5 particles, in a bound of 1 or 5 traces. Gradient ascent by steps of 1e-3 over batches of 64, as
-published.
+u ~ Uniform(0, 1) integrated out by 1 or 5 particles, in a bound of 1 or 5 traces. Gradient ascent by steps of 1e-3 over batches
+of 64, as published.
 
     python tests/benchmarks/cone.py
 """
