@@ -18,6 +18,7 @@ from .expectations import Controlled, Expectation, expectation, mean_over
 from .implicit import flow, implicit
 from .marginals import Marginal, Normalized, marginal, normalize
 from .objectives import chi_squared, elbo, forward_kl, iwae, renyi, sleep_phase, vimco, wake_phase
+from .smc_posterior import SMCPosterior, smc_posterior
 from .terms import LogDensity
 from .traces import Trace
 from .watched import Loss, loss
@@ -37,6 +38,7 @@ __all__ = [
     "Normalized",
     "OneHot",
     "Reparameterised",
+    "SMCPosterior",
     "ScoreFunction",
     "StraightThrough",
     "Trace",
@@ -55,6 +57,7 @@ __all__ = [
     "normalize",
     "renyi",
     "sleep_phase",
+    "smc_posterior",
     "vimco",
     "wake_phase",
 ]

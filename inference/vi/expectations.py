@@ -51,6 +51,8 @@ class Expectation:
         fn, guide, num_traces = self.fn, self.guide, self.num_traces
         while hasattr(guide, "around"):  # a distribution made of a program
             fn, guide, num_traces = guide.around(fn, num_traces, args)
+        if hasattr(guide, "expect"):  # a sampler of its own, which has no gradient
+            return guide.expect(fn, num_traces, self.num_samples, rng_key, args)
         staged = stage_guide(guide, args)
         plan = Plan(staged, self.estimators)
         value, aux = _Estimate(rng_key, fn, staged, plan, num_traces, self.num_samples, self.has_aux).value()

@@ -191,8 +191,8 @@ def normalize(
     drawn by its weight p(x, z) / q(z).
 
     Its density at a trace is estimated by the trace's joint density over an estimate of the evidence in which the trace itself
-    takes part. As a guide it is the nearer to the posterior the more particles there are; its ELBO is `vi.iwae` of as many traces
-    of the proposal (Domke and Sheldon 2018).
+    takes part. As a guide it is the nearer to the posterior the more particles there are; its ELBO is `vi.iwae` of as many
+    traces of the proposal (Domke and Sheldon 2018).
 
     Args:
         program: a program with observations.
