@@ -100,9 +100,9 @@ def smc_posterior(program: Any, smc: SMC) -> SMCPosterior:
     """The posterior of a program as SMC yields it: one of its particles at the end, drawn by weight.
 
     Its density at a trace is estimated by the trace's joint density over SMC's estimate of the evidence (Cusumano-Towner and
-    Mansinghka 2017): as a guide so that the reciprocal is unbiased, as a model, by conditional SMC around the trace, so that the
-    density is. Thus `vi.elbo` of it, or with it as the model, measures how far SMC is from a posterior or another guide. Neither
-    the traces nor the estimate have a gradient in what SMC reads: to learn that, learn twists or a proposal.
+    Mansinghka 2017): as a guide so that the reciprocal is unbiased, as a model, by conditional SMC around the trace, so that
+    the density is. Thus `vi.elbo` of it, or with it as the model, measures how far SMC is from a posterior or another guide.
+    Neither the traces nor the estimate have a gradient in what SMC reads: to learn that, learn twists or a proposal.
 
     Args:
         program: a program with observations.

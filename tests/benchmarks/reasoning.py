@@ -39,6 +39,17 @@ def tokens_of(traces):
     return sum(text.length.sum() for text in traces.values.values()).astype(jnp.float32)
 
 
+def weights_of(log_w):
+    """Normalised, constants to differentiation; zeros where every trace is impossible."""
+    possible = log_w.max() > -jnp.inf
+    return jax.lax.stop_gradient(jnp.where(possible, jax.nn.softmax(jnp.where(possible, log_w, 0.0)), 0.0))
+
+
+def weighted_sum(log_w, log_p):
+    weights = weights_of(log_w)
+    return jnp.where(weights > 0, weights * log_p, 0.0).sum()
+
+
 def rejection(params, traces, item):
     """Less the mean log probability of texts with the right answer, others counting as 0."""
     right = (traces.values["answer"].tokens == item["answer"]).all(axis=-1)
@@ -50,14 +61,14 @@ def forward_kl(params, thoughts, item):
     """Less the guide's log density of the model's thoughts, weighted by how likely the answer is after each."""
     log_w = (vi.log_density(answers.answered, thoughts, *lms(params), item) - thoughts.log_density).nats
     log_q = vi.log_density(answers.hinted, thoughts, *lms(params), item).nats
-    return -(jax.lax.stop_gradient(jax.nn.softmax(log_w)) * log_q).sum()
+    return -weighted_sum(log_w, log_q)
 
 
 def bound(params, thoughts, item):
     """Both phases of reweighted wake-sleep from the guide's thoughts."""
     log_p = vi.log_density(answers.answered, thoughts, *lms(params), item).nats
     log_q = vi.log_density(answers.hinted, thoughts, *lms(params), item).nats
-    return -(jax.lax.stop_gradient(jax.nn.softmax(log_p - log_q)) * (log_p + log_q)).sum()
+    return -weighted_sum(log_p - log_q, log_p + log_q)
 
 
 def loss_of(cost, drawer, num_traces):
