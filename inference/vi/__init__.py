@@ -17,7 +17,7 @@ from .estimators import (
 from .expectations import Controlled, Expectation, expectation, mean_over
 from .implicit import flow, implicit
 from .marginals import Marginal, Normalized, marginal, normalize
-from .objectives import chi_squared, elbo, forward_kl, iwae, renyi, sleep_phase, vimco, wake_phase
+from .objectives import chi_squared, elbo, forward_kl, importance_weights, iwae, renyi, sleep_phase, vimco, wake_phase
 from .smc_posterior import SMCPosterior, smc_posterior
 from .terms import LogDensity
 from .traces import Trace
@@ -49,6 +49,7 @@ __all__ = [
     "flow",
     "forward_kl",
     "implicit",
+    "importance_weights",
     "iwae",
     "log_density",
     "loss",

@@ -152,7 +152,7 @@ def forward_kl(guide: Any) -> Callable[..., Array]:
 
     def objective(traces: Mapping[str, Any], log_weights: Array, *args: Any) -> Array:
         log_q = jax.vmap(lambda values: log_density(guide, values, *args).nats)(dict(traces))
-        weights = jax.lax.stop_gradient(jax.nn.softmax(log_weights))
+        weights = importance_weights(log_weights)
         return -jnp.where(weights > 0, weights * log_q, 0.0).sum()
 
     return objective
@@ -172,7 +172,7 @@ def wake_phase(model: Any, guide: Any, num_traces: int) -> Objective:
             fixed = jax.lax.stop_gradient(traces)
             log_p = log_density(model, fixed, *args).nats
             log_q = log_density(guide, fixed, *args).nats
-            weights = jax.lax.stop_gradient(jax.nn.softmax(log_p - log_q))
+            weights = importance_weights(log_p - log_q)
             surrogate = (weights * jnp.where(weights > 0, log_p + log_q, 0.0)).sum()
             value = log_mean_exp(log_p - log_q)
             return jax.lax.stop_gradient(value - surrogate) + surrogate
@@ -211,6 +211,13 @@ def log_weights(model: Any, traces: Trace, args: tuple[Any, ...]) -> Array:
     return (log_density(model, traces, *args) - traces.log_density).nats
 
 
+def importance_weights(log_w: Array) -> Array:
+    """Normalised weights of float32[..., K] nats, constants to differentiation; zeros where every trace is impossible."""
+    possible = (log_w > -jnp.inf).any(axis=-1, keepdims=True)
+    weights = jax.nn.softmax(jnp.where(possible, log_w, 0.0), axis=-1)
+    return jax.lax.stop_gradient(jnp.where(possible, weights, 0.0))
+
+
 def log_mean_exp(log_w: Array) -> Array:
     """log of the mean of exp(log_w) over the last axis."""
     return jax.nn.logsumexp(log_w, axis=-1) - np.log(log_w.shape[-1])
@@ -233,7 +240,7 @@ def _doubly(model: Any, guide: Any, traces: Trace, args: tuple[Any, ...]) -> Arr
     if rough := [name for name, estimator in traces.plan.of.items() if not isinstance(estimator, Reparameterised)]:
         raise SiteError(f"site {rough[0]!r} is not reparameterised, let alone doubly; leave `doubly` out")
     log_w = jax.lax.stop_gradient(log_weights(model, traces, args))
-    weights = jax.nn.softmax(log_w)
+    weights = importance_weights(log_w)
 
     def scaled(x: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):

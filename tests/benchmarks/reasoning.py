@@ -39,14 +39,8 @@ def tokens_of(traces):
     return sum(text.length.sum() for text in traces.values.values()).astype(jnp.float32)
 
 
-def weights_of(log_w):
-    """Normalised, constants to differentiation; zeros where every trace is impossible."""
-    possible = log_w.max() > -jnp.inf
-    return jax.lax.stop_gradient(jnp.where(possible, jax.nn.softmax(jnp.where(possible, log_w, 0.0)), 0.0))
-
-
 def weighted_sum(log_w, log_p):
-    weights = weights_of(log_w)
+    weights = vi.importance_weights(log_w)
     return jnp.where(weights > 0, weights * log_p, 0.0).sum()
 
 

@@ -121,6 +121,15 @@ def test_wake_phase_moves_the_model_as_the_bound_does():
     assert (jnp.abs(found.mean(axis=0) - bound) < 4.5 * error + 1e-6)[2:4].all()
 
 
+def test_impossible_traces_have_no_weight():
+    dead = jnp.array([-jnp.inf, -jnp.inf])
+    assert (vi.importance_weights(dead) == 0).all()
+    np.testing.assert_allclose(vi.importance_weights(jnp.array([0.0, -jnp.inf])), [1.0, 0.0])
+    never = ppl.program(lambda w: (guide(w), ppl.condition("never", jnp.asarray(False)))[0])
+    slope = jax.grad(lambda w: vi.wake_phase(never, guide, 2)(jax.random.key(0), w))(W)
+    assert (slope == 0).all()
+
+
 def test_sleep_phase(monkeypatch):
     @ppl.program
     def prior(w):
