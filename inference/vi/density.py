@@ -64,6 +64,7 @@ def _weight(
     check_given(staged, values)
     watched.note(staged)
     if missing := [name for name in random_sites(staged) if name not in values]:
+        _check_auxiliary(staged, missing[0])
         raise SiteNameError(
             f"log_density: no value for the program's site {missing[0]!r}; {near_misses(missing[0], list(values))}"
         )
@@ -78,6 +79,16 @@ def _weight(
     active = {name: run.frame.get(a) for name, (_, a) in run.records.items()}
     credit = run.state.credit
     return run.state.log_weight, None if credit is None else credit.slots, active
+
+
+def _check_auxiliary(staged: Staged, name: str) -> None:
+    """What is made of noise has a density where it was drawn, but at no other value."""
+    for eqn in trace_eqns(staged.jaxpr):
+        if eqn.params.get("name") == name and eqn.params.get("auxiliary"):
+            raise SiteError(
+                f"site {name!r} is auxiliary: sites made of it, as by vi.flow and vi.implicit, have no density at given "
+                "values; take a guide whose sites are drawn by themselves"
+            )
 
 
 def _check_names(staged: Staged, given: Mapping[str, Any], trace: Trace) -> None:

@@ -243,7 +243,9 @@ class _Estimate:
         return (cost.sum(axis=0) - cost) / (self.samples - 1) if self.samples > 1 else 0.0
 
     def multiplied(self, cost: Array, score: Array) -> Array:
-        return jax.lax.stop_gradient(cost) * (score - jax.lax.stop_gradient(score))
+        """0, with the gradient of cost times score. What is impossible has none: the value says so already."""
+        finite = jax.lax.stop_gradient(jnp.where(jnp.isfinite(cost), cost, 0.0))
+        return finite * (score - jax.lax.stop_gradient(score))
 
     def weights(self, drawn: Drawn, nonzero: Mapping[str, np.ndarray]) -> Array:
         """float32[S, V]: the probability of the enumerated values. An inactive choice has its first value only."""

@@ -204,7 +204,21 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("label", ESTIMATORS)
+SLOW = {
+    "baselines",
+    "first enumerated",
+    "middle enumerated",
+    "after the loop enumerated",
+    "loop enumerated",
+    "branches measure-valued",
+    "plate enumerated",
+    "plate measure-valued",
+}
+
+
+@pytest.mark.parametrize(
+    "label", [pytest.param(label, marks=pytest.mark.slow) if label in SLOW else label for label in ESTIMATORS]
+)
 def test_gradient_of_the_evidence_bound(label, monkeypatch):
     name, estimators, samples = ESTIMATORS[label]
     guide, model, visits, arguments = case(name)

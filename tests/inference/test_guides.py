@@ -88,6 +88,9 @@ def test_what_automatic_guides_refuse():
     with pytest.raises(SiteError, match="'z' stands in a loop or plate"):
         vi.AutoGuide(AutoNormal, loop, rng_key=jax.random.key(0))
     guide = vi.AutoGuide(AutoNormal, model, None, rng_key=jax.random.key(0))
+    flow = dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.ExpTransform())
+    with pytest.raises(SiteError, match=r"'scale/base' is auxiliary: .* have no density at given values"):
+        vi.log_density(ppl.program(lambda: vi.flow("scale", flow)), {"scale": 1.0})
     with pytest.raises(SiteError, match="no parameter 'scale_auto_loc'"):
         vi.elbo(model, ppl.program(guide))(jax.random.key(0), {})
 
@@ -144,6 +147,14 @@ def test_mean_over_a_batch():
     alone = [objective(key, None, item) for key, item in zip(keys, items)]
     assert np.std(alone) > 0
     np.testing.assert_allclose(vi.mean_over(objective)(jax.random.key(7), None, items), np.mean(alone), rtol=1e-5)
+
+
+def test_impossible_traces_make_a_bound_minus_infinity():
+    """Not NaN: the value is right where there is no gradient."""
+    fair = ppl.program(lambda w: ppl.sample("x", dist.Bernoulli(logits=w)))
+    never = ppl.program(lambda w: ppl.condition("never", ppl.sample("x", dist.Bernoulli(0.5)) > 1))
+    assert vi.elbo(never, fair)(jax.random.key(0), 0.3) == -jnp.inf
+    assert vi.iwae(never, fair, 3)(jax.random.key(0), 0.3) == -jnp.inf
 
 
 # --- what is not finite ---------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def check(objective, target, monkeypatch, **drawn):
     np.testing.assert_allclose(slope, gradient, atol=1e-5)
 
 
-@pytest.mark.parametrize("traces", [1, 2, 3])
+@pytest.mark.parametrize("traces", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_importance_weighted_bound(traces, monkeypatch):
     target = over_tuples(traces, lambda p, q: log_mean_exp(p - q))
     check(vi.iwae(model, guide, traces), target, monkeypatch, traces_drawn=traces)
@@ -162,7 +162,7 @@ def test_forward_kl():
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("traces", [1, 2, 3])
+@pytest.mark.parametrize("traces", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_sided_bounds(traces, monkeypatch):
     """The upper bound has a draw of the posterior among its traces, the lower one has not; exact draws are averaged here."""
     lower = over_tuples(traces, lambda p, q: log_mean_exp(p - q))(W)
@@ -215,7 +215,7 @@ def hierarchical(particles, with_proposal):
 
 
 @pytest.mark.parametrize("with_proposal", [False, True])
-@pytest.mark.parametrize("particles", [1, 2, 3])
+@pytest.mark.parametrize("particles", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_marginal_as_guide(particles, with_proposal, monkeypatch):
     proposal = which_a if with_proposal else None
     objective = vi.elbo(only_b, vi.marginal(guide, "b", proposal=proposal, num_particles=particles))
