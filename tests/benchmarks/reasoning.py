@@ -137,19 +137,23 @@ def main(argv: list[str] | None = None) -> None:
     problems = jax.tree.map(jnp.asarray, answers.arrays(LM, [word_problems.generate(rng) for _ in range(20_000)]))
     questions = word_problems.problems(1000 + arguments.seed, arguments.problems)
     start, found = {"model": BASE, "guide": BASE}, {}
-    found["base"] = accuracy(start, questions, arguments.samples), 0.0
-    print(f"base {found['base'][0].mean():.3f}", flush=True)
+
+    def measure(name, params, tokens):
+        found[name] = accuracy(params, questions, arguments.samples), tokens
+        print(f"{name}: {found[name][0].mean():.3f}", flush=True)
+
+    measure("base", start, 0.0)
     if "rejection" in arguments.ways:
         loss = loss_of(rejection, answers.answering, arguments.traces)
         params, tokens = train("rejection", loss, start, problems, arguments, arguments.tokens)
-        found["rejection-sampling fine-tuning"] = accuracy(params, questions, arguments.samples), tokens
+        measure("rejection-sampling fine-tuning", params, tokens)
     if "bound" in arguments.ways:
         first = loss_of(forward_kl, answers.thinking, arguments.traces)
         share = arguments.tokens * arguments.guide_share
         params, before = train("guide", first, start, problems, arguments, share)
         loss = loss_of(bound, answers.hinted, arguments.traces)
         params, tokens = train("bound", loss, params, problems, arguments, arguments.tokens - before)
-        found["bound of K traces"] = accuracy(params, questions, arguments.samples), before + tokens
+        measure("bound of K traces", params, before + tokens)
     print(f"\n{'':34}{'tokens':>12}{'accuracy':>10}{'95 %':>16}")
     for name, (each, tokens) in found.items():
         low, high = bootstrap_interval(each)
