@@ -117,6 +117,11 @@ def arrays_of(staged: Staged) -> Arrays:
     return Arrays(staged.inputs, list(staged.consts.values()), [jax.tree.leaves(lm) for lm in staged.models])
 
 
+def models_of(staged: Staged, arrays: Arrays) -> list[Any]:
+    """A skeleton's models, with these arrays for weights."""
+    return [tree.unflatten(leaves) for tree, leaves in zip(staged.trees, arrays.models)]
+
+
 _compiled: OrderedDict[Any, Any] = OrderedDict()
 MAX_COMPILED = 128
 traced = 0
@@ -154,7 +159,7 @@ def runner(staged: Staged, settings: Settings, tempering: Tempering | None = Non
         global traced
         traced += 1
         consts = dict(zip(staged.consts, arrays.consts))
-        models = [tree.unflatten(x) for tree, x in zip(staged.trees, arrays.models)]
+        models = models_of(staged, arrays)
         progress = None if settings.progress is None else lambda x: jax.debug.callback(settings.progress, x)
 
         def one_particle() -> Output:

@@ -18,7 +18,7 @@ from .interpreter import Interpreter, first_state
 from .jaxpr import DropVar, Literal, body_of, inner_jaxprs, is_site, sites_inside
 from .lineage import remembering
 from .loops import Collected, Looping
-from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays
+from .run import Arrays, Output, Settings, arrays_of, compiled, given_arrays, models_of
 from .sites import generate_p
 from .staging import Staged, walks_into
 from .state import Counts, Faults, State, total_twist
@@ -92,7 +92,7 @@ class Setting(NamedTuple):
     def interpreter(self, carried: Carried, at: int) -> tuple[Interpreter, dict[Any, Any]]:
         """An interpreter that goes on from a cut before equation `at`, and its variables."""
         consts = dict(zip(self.staged.consts, self.arrays.consts))
-        models = [tree.unflatten(x) for tree, x in zip(self.staged.trees, self.arrays.models)]
+        models = models_of(self.staged, self.arrays)
         callback = self.settings.progress
         progress = None if callback is None else lambda x: jax.debug.callback(callback, x)
         run = Interpreter(
@@ -141,7 +141,7 @@ class Setting(NamedTuple):
 
     def begin(self, rng_key: Array, trace: Any) -> Carried:
         """Before the first equation; `trace` is for the source of choices."""
-        models = [tree.unflatten(x) for tree, x in zip(self.staged.trees, self.arrays.models)]
+        models = models_of(self.staged, self.arrays)
         state = first_state(self.staged, models, self.settings.source.choices(rng_key, index(), trace))
         state = remembering(state, self.settings.generations)
         jaxpr = body_of(self.staged.jaxpr)

@@ -1,6 +1,6 @@
 """One walk through a program, kept with all that it takes to walk again from some point on."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,9 @@ from .arena import Arena, Prompt
 from .choices import Choices
 from .interpreter import Interpreter, first_state
 from .notes import About, Notes, split_notes
+from .run import Arrays, models_of
 from .staging import Staged
 from .state import State, Tempering
-
-if TYPE_CHECKING:
-    from .run import Arrays
 
 Array = jax.Array
 
@@ -48,7 +46,7 @@ class Walk(NamedTuple):
 
 def walk(
     staged: Staged,
-    arrays: "Arrays",
+    arrays: Arrays,
     given: dict[str, Array],
     drawn: Choices,
     values: dict[str, Array],
@@ -65,7 +63,7 @@ def walk(
     not be read again; without it all is read.
     """
     consts = dict(zip(staged.consts, arrays.consts))
-    models = [tree.unflatten(x) for tree, x in zip(staged.trees, arrays.models)]
+    models = models_of(staged, arrays)
     choices: Choices = Repeated(drawn, values, kept, *_records(before))
     state = first_state(staged, models, choices, jnp.int32(0))
     if before is not None:

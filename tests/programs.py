@@ -100,17 +100,16 @@ def padded(text: tuple[int, ...], max_tokens: int, eos_id: int = 0) -> tuple[int
 WIDTH = 256
 
 
-@jax.tree_util.register_pytree_node_class
-class WideCacheModel:
-    """A model whose cache takes far more memory than the model: it predicts from the mean of all cached vectors."""
+class DigitModel:
+    """What models of one array have in common that write the digits 0, 1 and 2."""
 
-    vocab_size, eos_id, start_id, adds_start, max_length = 3, 0, 0, False, 10_000
+    vocab_size, adds_start = 3, False
 
-    def __init__(self, embedding: Any):
-        self.embedding = embedding
+    def __init__(self, weights: Any):
+        self.weights = weights
 
     def tree_flatten(self):
-        return (self.embedding,), None
+        return (self.weights,), None
 
     @classmethod
     def tree_unflatten(cls, _, leaves):
@@ -125,13 +124,20 @@ class WideCacheModel:
     def token_bytes(self):
         return [b"0", b"1", b"2"]
 
+
+@jax.tree_util.register_pytree_node_class
+class WideCacheModel(DigitModel):
+    """A model whose cache takes far more memory than the model: it predicts from the mean of all cached vectors."""
+
+    eos_id, start_id, max_length = 0, 0, 10_000
+
     def forward(self, tokens, memory):
-        entries = self.embedding[tokens]
+        entries = self.weights[tokens]
         before = sum((jnp.where(b.mask[:, None], b.entries, 0.0).sum(0) for b in memory.blocks), jnp.zeros(WIDTH))
         return before + jnp.cumsum(entries, axis=0), entries
 
     def unembed(self, features):
-        return features @ self.embedding.T
+        return features @ self.weights.T
 
     def logits(self, tokens):
         return self.unembed(self.forward(jnp.asarray(tokens), empty_memory())[0])

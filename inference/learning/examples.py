@@ -169,7 +169,7 @@ def _read(
         whole = jnp.pad(context[number], (0, tokens.shape[0])).at[places].set(tokens)
         features = lm.forward(whole, empty_memory())[0][places - 1].astype(jnp.float32)
         logits, inside = lm.unembed(features), jnp.arange(tokens.shape[0]) < length
-        paid = lambda logits: jnp.where(inside, _pick(jax.nn.log_softmax(logits), tokens), 0.0)
+        paid = lambda logits: jnp.where(inside, pick(jax.nn.log_softmax(logits), tokens), 0.0)
         log_q = paid(logits if twist is None else logits + jax.vmap(twist.log_potentials)(features))
         return features, paid(logits), log_q
 
@@ -179,7 +179,7 @@ def _read(
     return jax.tree.map(lambda x: x.reshape(*length.shape, *x.shape[1:]), found)  # type: ignore[no-any-return]
 
 
-def _pick(x: Array, tokens: Array) -> Array:
+def pick(x: Array, tokens: Array) -> Array:
     """Of [..., V] the entry of each token [...]."""
     return jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
 

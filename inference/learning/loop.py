@@ -20,7 +20,7 @@ from latentrace.ppl.sites import flatten
 
 from .. import plots
 from .checkpoints import Checkpoints
-from .update import LONGEST, How, Keys, Shardings, State, Stretch, batch_of, num_rows, shuffled
+from .update import LONGEST, How, Keys, Shardings, State, Stretch, batch_of, num_rows, parts_of, shuffled
 
 Array = jax.Array
 SECONDS = 0.5
@@ -182,7 +182,7 @@ class Loop:
             batch = batch_of(batch, order, jnp.int32(self.done), size)
         if (parts := self.how.accumulate) == 1:
             return explain(key, self.state.params, *batch)  # type: ignore[no-any-return]
-        keys, split = jax.random.split(key, parts), jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        keys, split = jax.random.split(key, parts), parts_of(self.how, batch)
         said = (explain(keys[i], self.state.params, *jax.tree.map(lambda x: x[i], split)) for i in range(parts))
         return next((sentence for sentence in said if sentence), None)
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from latentrace.ppl.language_model import LanguageModel
 from latentrace.ppl.proposals import LearnedTwist
 
-from .examples import Contrast, TwistExamples, _pick
+from ..vi.objectives import importance_weights
+from .examples import Contrast, TwistExamples, pick
 
 Array = jax.Array
 
@@ -33,7 +34,7 @@ def contrastive_twist_loss(rng_key: Array, twist: LearnedTwist, batch: Contrast)
     pi_t with its phi, which fixes the factor. Prompts with no positive are left out.
     """
     del rng_key
-    weights = jnp.exp(batch.log_weights - _log_total(batch.log_weights)[..., None])
+    weights = importance_weights(batch.log_weights)
     positives = batch.positives
     log_psi = jnp.where(positives.inside, log_twist(twist, positives), positives.log_phi[..., None])
     weighted = jnp.where(weights[..., None] > 0, log_psi, 0.0) * weights[..., None]
@@ -60,7 +61,7 @@ def density_ratio_loss(rng_key: Array, twist: LearnedTwist, batch: Contrast) -> 
     Minimiser: psi* / Z, the density ratio. Prompts with no positive are left out.
     """
     del rng_key
-    weights = jnp.exp(batch.log_weights - _log_total(batch.log_weights)[..., None])
+    weights = importance_weights(batch.log_weights)
     positives, negatives = batch.positives, batch.negatives
     true = jnp.where(positives.inside, jax.nn.softplus(-log_twist(twist, positives)), 0.0).sum(-1)
     false = jnp.exp(negatives.log_ratio) * jax.nn.softplus(log_twist(twist, negatives))
@@ -108,7 +109,7 @@ def soft_value_loss(lm: LanguageModel, floor: float = -10.0) -> Callable[[Array,
         following = jnp.roll(values, -1, axis=-1)  # of what comes after each token
         is_last = jnp.arange(batch.tokens.shape[-1]) == batch.length[..., None] - 1
         expected = jnp.where(is_last, jnp.maximum(batch.log_phi, floor)[..., None], following)
-        return jnp.where(batch.inside, (_pick(table, batch.tokens) - expected) ** 2, 0.0).sum(-1).mean()
+        return jnp.where(batch.inside, (pick(table, batch.tokens) - expected) ** 2, 0.0).sum(-1).mean()
 
     return loss
 
@@ -135,7 +136,7 @@ class AcceptanceTwist:
 
 def log_twist(twist: LearnedTwist, examples: TwistExamples) -> Array:
     """float32[..., T], nats: log psi of each text up to each token, that one included; no meaning after its end."""
-    return _pick(log_potentials(twist, examples), examples.tokens)
+    return pick(log_potentials(twist, examples), examples.tokens)
 
 
 def log_potentials(twist: LearnedTwist, examples: TwistExamples) -> Array:

@@ -114,16 +114,17 @@ def gradient(how: How, params: Any, rng_key: Array, batch: tuple[Any, ...]) -> t
     one = jax.value_and_grad(objective, has_aux=True)
     if how.accumulate == 1:
         return one(params, rng_key, batch)
-    parts = jax.tree.map(lambda x: x.reshape(how.accumulate, -1, *x.shape[1:]), batch)
+    parts = parts_of(how, batch)
     inputs = jax.random.split(rng_key, how.accumulate), parts
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, rng_key, first_part(how, batch)))
+    first = jax.tree.map(lambda x: x[0], parts)
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, rng_key, first))
     add = lambda total, part: (jax.tree.map(jnp.add, total, one(params, *part)), None)
     return jax.tree.map(lambda x: x / how.accumulate, jax.lax.scan(add, total, inputs)[0])  # type: ignore[no-any-return]
 
 
-def first_part(how: How, batch: Any) -> Any:
-    """The first of the parts of a batch."""
-    return jax.tree.map(lambda x: x.reshape(how.accumulate, -1, *x.shape[1:])[0], batch)
+def parts_of(how: How, batch: Any) -> Any:
+    """A batch with a leading axis of its parts."""
+    return jax.tree.map(lambda x: x.reshape(how.accumulate, -1, *x.shape[1:]), batch)
 
 
 def checked(found: Any) -> tuple[Array, dict[str, Array]]:

@@ -1,7 +1,7 @@
 """NumPyro's automatic guides and flows over a program's continuous sites."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
-from latentrace.ppl.choices import Choices, Keyed, SiteRef
+from latentrace.ppl.choices import Choices, Keyed, Repeating, SiteRef
 from latentrace.ppl.errors import SiteError
 from latentrace.ppl.interpreter import first_state
 from latentrace.ppl.program import as_program
@@ -24,18 +24,18 @@ from .traces import interpreter
 Array = jax.Array
 
 
-class _Messages:
+class _Drawn(NamedTuple):
+    drawn: Choices
+
+
+class _Messages(Repeating, _Drawn):
     """Choices of a walk whose continuous values are sites of NumPyro; others are drawn."""
 
-    def __init__(self, drawn: Keyed):
-        self.drawn = drawn
-
-    def supply(self, spec: Any, active: Any) -> None:
-        return None
+    __slots__ = ()
 
     def value(self, site: SiteRef, distribution: Any, number: Array) -> tuple[Any, Choices]:
         if distribution.support.is_discrete:
-            return self.drawn.value(site, distribution, number)[0], self
+            return super().value(site, distribution, number)
         if site.path:
             raise SiteError(
                 f"site {site.name!r} stands in a loop or plate, where NumPyro's automatic guides do not see it; make it one "
@@ -43,20 +43,8 @@ class _Messages:
             )
         return numpyro.sample(site.name, distribution), self
 
-    def token(self, site: SiteRef, step: Array, logits: Array, number: Array) -> tuple[Array, Choices]:
-        return self.drawn.token(site, step, logits, number)[0], self
-
-    def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> tuple[Array, Choices]:
-        return self.drawn.uniforms(clock, weights, count, site)[0], self
-
-    def enter_element(self, i: Array, jaxpr: Any) -> Choices:
-        return self
-
-    def leave_plate(self, size: int, jaxpr: Any, elements: Any) -> Choices:
-        return self
-
-
-jax.tree_util.register_pytree_node(_Messages, lambda m: ((m.drawn,), None), lambda _, children: _Messages(*children))
+    def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
+        return drawn
 
 
 class _Flows(Messenger):

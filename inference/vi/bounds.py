@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .density import log_density
 from .expectations import expectation
-from .objectives import log_mean_exp, log_weights
+from .objectives import iwae, log_mean_exp, log_weights
 
 Array = jax.Array
 
@@ -37,9 +37,7 @@ def evidence_bounds(model: Any, guide: Any, num_traces: int) -> Callable[..., tu
 
     def bounds(rng_key: Array, exact: Mapping[str, Any], *args: Any) -> tuple[Array, Array]:
         below, above = jax.random.split(rng_key)
-        lower = expectation(lambda traces: log_mean_exp(log_weights(model, traces, args)), guide, num_traces=num_traces)(
-            below, *args
-        )
+        lower = iwae(model, guide, num_traces)(below, *args)
         own = (log_density(model, exact, *args) - log_density(guide, exact, *args)).nats
         if num_traces == 1:
             return lower, own

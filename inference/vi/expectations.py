@@ -52,7 +52,8 @@ class Expectation:
         while hasattr(guide, "around"):  # a distribution made of a program
             fn, guide, num_traces = guide.around(fn, num_traces, args)
         if hasattr(guide, "expect"):  # a sampler of its own, which has no gradient
-            return guide.expect(fn, num_traces, self.num_samples, rng_key, args)
+            value, aux = guide.expect(fn, num_traces, self.num_samples, rng_key, args, self.has_aux)
+            return (value, aux) if self.has_aux else value
         staged = stage_guide(guide, args)
         plan = Plan(staged, self.estimators)
         value, aux = _Estimate(rng_key, fn, staged, plan, num_traces, self.num_samples, self.has_aux).value()

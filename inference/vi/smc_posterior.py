@@ -18,6 +18,7 @@ from ..chains import Target
 from ..smc.conditional import CONDITIONAL_SCHEMES
 from ..smc.smc import SMC
 from .density import log_density
+from .expectations import Controlled
 from .objectives import log_mean_exp
 from .randomness import current, inner_randomness
 from .terms import LogDensity
@@ -33,8 +34,10 @@ class SMCPosterior:
     program: Any
     smc: SMC
 
-    def expect(self, fn: Callable[..., Any], num_traces: int | None, num_samples: int, rng_key: Array, args: Any) -> Array:
-        """The mean of a function of such traces; constants to differentiation."""
+    def expect(
+        self, fn: Callable[..., Any], num_traces: int | None, num_samples: int, rng_key: Array, args: Any, has_aux: bool
+    ) -> tuple[Array, Any]:
+        """The mean of a function of such traces, which are constants to differentiation, and of what else it returns."""
         staged, target = self._target(args)
         plan = Plan(staged, {}, as_program(self.program).given)
         settings = Settings(self.smc.num_particles, policy=self.smc.policy())
@@ -53,18 +56,19 @@ class SMCPosterior:
             trace = Trace(values, staged.out_tree.unflatten(chosen.returned), density, {}, nothing, active, plan)
             return jax.lax.stop_gradient(trace)  # type: ignore[no-any-return]
 
-        def one_sample(keys: Array, sample: Array) -> Array:
+        def one_sample(keys: Array, sample: Array) -> tuple[Array, Any]:
             with inner_randomness(rng_key, sample):
                 if num_traces is None:
                     found = fn(one_trace(keys[0]))
                 else:
                     traces = over_leading(one_trace, keys)
                     found = fn(replace(traces, many=True))
-            found = getattr(found, "value", found)
-            return jnp.asarray(getattr(found, "nats", found), jnp.float32)
+            found, aux = found if has_aux else (found, ())
+            found = found.value if isinstance(found, Controlled) else found
+            return jnp.asarray(found.nats if isinstance(found, LogDensity) else found, jnp.float32), aux
 
         keys = jax.random.split(rng_key, (num_samples, num_traces or 1))
-        return over_leading(one_sample, keys, jnp.arange(num_samples)).mean()  # type: ignore[no-any-return]
+        return jax.tree.map(lambda x: x.mean(axis=0), over_leading(one_sample, keys, jnp.arange(num_samples)))  # type: ignore[no-any-return]
 
     def estimate_at(self, trace: Trace | Mapping[str, Any], args: tuple[Any, ...]) -> LogDensity:
         """The log of an unbiased estimate of the density of what SMC yields, by SMC in which one particle repeats the trace."""

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from latentrace.ppl import sites
-from latentrace.ppl.choices import Choices, SiteRef, Spec, visited
+from latentrace.ppl.choices import Choices, Repeating, SiteRef, visited
 from latentrace.ppl.credit import Redrawn
 from latentrace.ppl.decode import weighted
 from latentrace.ppl.errors import SiteError, SiteNameError, near_misses
 from latentrace.ppl.interpreter import Interpreter, first_state
 from latentrace.ppl.notes import About, Notes, split_notes
 from latentrace.ppl.program import as_program
-from latentrace.ppl.run import Arrays, Settings, arrays_of, given_arrays, label_values, runner
+from latentrace.ppl.run import Arrays, Settings, arrays_of, given_arrays, label_values, models_of, runner
 from latentrace.ppl.staging import Staged, random_sites, stage, trace_eqns
 
 from . import watched
@@ -60,6 +60,7 @@ class Trace:
         return replace(kept, numbers=part(self.numbers), active=part(self.active))
 
 
+@jax.tree_util.register_static
 class Plan:
     """The estimator of every random site of a guide."""
 
@@ -144,18 +145,17 @@ class Draws:
         return value  # type: ignore[no-any-return]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["drawn", "fixed"], meta_fields=["plan"])
-@dataclass(frozen=True)
-class Estimated:
-    """The choices of a guide's trace, each drawn as its estimator says; `fixed` ones are replaced."""
-
+class _Estimated(NamedTuple):
     drawn: Choices
     fixed: dict[str, tuple[Array, Array]]
     """for a site, where its values are replaced (bool), and by what; axes of loops and plates first"""
     plan: Plan
 
-    def supply(self, spec: Spec | None, active: Any) -> None:
-        return None
+
+class Estimated(Repeating, _Estimated):
+    """The choices of a guide's trace, each drawn as its estimator says; `fixed` ones are replaced."""
+
+    __slots__ = ()
 
     def value(self, site: SiteRef, distribution: Any, number: Array) -> tuple[Array, "Estimated"]:
         draws = Draws(self.drawn, site, number)
@@ -163,20 +163,10 @@ class Estimated:
         if site.name in self.fixed:
             there, instead = visited(self.fixed[site.name], site)
             value = jnp.where(there, jax.lax.stop_gradient(instead).astype(value.dtype), value)
-        return value, Estimated(draws.drawn, self.fixed, self.plan)
+        return value, self._replace(drawn=draws.drawn)
 
-    def token(self, site: SiteRef, step: Array, logits: Array, number: Array) -> tuple[Array, "Estimated"]:
-        token, drawn = self.drawn.token(site, step, logits, number)
-        return token, Estimated(drawn, self.fixed, self.plan)
-
-    def uniforms(self, clock: Array, weights: Array, count: int, site: SiteRef | None = None) -> Any:
-        raise NotImplementedError("guides do not resample")
-
-    def enter_element(self, i: Array, jaxpr: Any) -> "Estimated":
-        return Estimated(self.drawn.enter_element(i, jaxpr), self.fixed, self.plan)
-
-    def leave_plate(self, size: int, jaxpr: Any, elements: Any) -> "Estimated":
-        return Estimated(self.drawn.leave_plate(size, jaxpr, elements.drawn), self.fixed, self.plan)
+    def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
+        return drawn
 
 
 class Draft(NamedTuple):
@@ -239,7 +229,7 @@ def draw_traces(staged: Staged, plan: Plan, drafts: Draft, size: int, given: Map
     texts = {name: Redrawn(tokens) for name, tokens in _texts(skeleton, arrays, plan, drafts, size, known).items()}
 
     def one(draft: Draft, texts: dict[str, Redrawn]) -> Drawn:
-        state = first_state(skeleton, _models(skeleton, arrays), Estimated(*draft, plan), jnp.int32(0))
+        state = first_state(skeleton, models_of(skeleton, arrays), Estimated(*draft, plan), jnp.int32(0))
         run = interpreter(skeleton, arrays, state, {**texts, **known})
         run.notes, run.is_density = Notes(visit=plan.visit), False
         cells = run.walk(skeleton.jaxpr, [run.frame.put(x) for x in arrays.inputs])
@@ -297,14 +287,10 @@ def scores(plan: Plan, about: Mapping[str, About]) -> dict[str, Array]:
     return found
 
 
-def _models(staged: Staged, arrays: Arrays) -> list[Any]:
-    return [tree.unflatten(x) for tree, x in zip(staged.trees, arrays.models)]
-
-
 def interpreter(staged: Staged, arrays: Arrays, state: Any, given: Mapping[str, Any]) -> Interpreter:
     consts = dict(zip(staged.consts, arrays.consts))
     # else the compiler evaluates what a fresh cache leads to, at length
     state = state._replace(arenas=jax.lax.optimization_barrier(state.arenas)) if state.arenas else state
-    run = Interpreter(staged, consts, _models(staged, arrays), state, given=dict(given), axes=())
+    run = Interpreter(staged, consts, models_of(staged, arrays), state, given=dict(given), axes=())
     run.only = watched.site.get()
     return run

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 
 from latentrace import inference, ppl
@@ -26,43 +27,24 @@ LIKES = np.array([[0, 0, 0], [IMPOSSIBLE, 0, 0], [0, -0.3, -2.2], [0, -1.4, -0.2
 
 
 @jax.tree_util.register_pytree_node_class
-class TimedLM:
+class TimedLM(programs.DigitModel):
     """Logits by position and last token, which are its features, as one-hot vectors."""
 
-    vocab_size, eos_id, start_id, adds_start, max_length = V, EOS, START, False, 8
-
-    def __init__(self, table: Any):
-        self.table = table
-
-    def tree_flatten(self):
-        return (self.table,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, leaves):
-        return cls(*leaves)
-
-    def encode(self, text):
-        return [int(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(map(str, ids))
-
-    def token_bytes(self):
-        return [b"0", b"1", b"2"]
+    eos_id, start_id, max_length = EOS, START, 8
 
     def forward(self, tokens, memory):
         at = jnp.minimum(memory.position + jnp.arange(tokens.shape[0]), T - 1)
         return jax.nn.one_hot(at * (V + 1) + tokens, T * (V + 1)), ()
 
     def unembed(self, features):
-        return features @ self.table
+        return features @ self.weights
 
     def logits(self, tokens):
         return self.unembed(self.forward(jnp.asarray(tokens), empty_memory())[0])
 
 
 LM = TimedLM(jnp.asarray(np.random.default_rng(2).normal(size=(T * (V + 1), V)), jnp.float32))
-PROBS = np.exp(np.asarray(LM.table, np.float64))
+PROBS = np.exp(np.asarray(LM.weights, np.float64))
 PROBS /= PROBS.sum(1, keepdims=True)
 
 
@@ -388,7 +370,7 @@ def test_prompts_without_positives_are_left_out():
 
 def test_prompts_of_different_lengths():
     """What precedes a text is its own prompt, however the batch is padded."""
-    lm, prompts = TimedLM(LM.table), [[START], [START, 1]]
+    lm, prompts = TimedLM(LM.weights), [[START], [START, 1]]
     found = learning.draw_examples(KEY, lm, prompts, lambda b, texts: np.zeros(4), num_texts=4, max_tokens=2, progress=False)
     first = np.asarray(found.features)[:, :, 0].argmax(-1)
     np.testing.assert_array_equal(first, [[row(())] * 4, [row((1,))] * 4])
