@@ -10,8 +10,9 @@ from nbclient import NotebookClient
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("notebooks", nargs="*", type=pathlib.Path, help="all where none is named")
     args = parser.parse_args()
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.ipynb")):
+    for path in args.notebooks or sorted(pathlib.Path(__file__).parent.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(path.parent))
         for cell in notebook.cells:

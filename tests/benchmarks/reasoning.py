@@ -4,8 +4,8 @@ What leads from a training problem to its answer is latent. Compared on held-out
 
 - rejection-sampling fine-tuning: of the model's own texts those with the right answer are learned, by maximum likelihood;
 - the bound of K traces (the gradient of `vi.iwae` for the model), drawn by a guide that has read the answer. The guide learns
-by
-  forward KL: first from the model's own thoughts, weighted by how likely the answer is after each, then from its own.
+  by forward KL: first from thoughts and answers of the model's own (the sleep phase of wake-sleep, where every text teaches),
+  then, beside the model, from its own thoughts, weighted by how likely model and answer make them (the wake phases).
 
     python tests/benchmarks/reasoning.py --tokens 1500000
 """
@@ -27,6 +27,9 @@ from latentrace.models.reasoner.evaluate import bootstrap_interval
 
 LM = models.load("reasoner")
 BASE, TREE = jax.tree.flatten(LM)
+SAYS = {"rejection": "right", "guide": "log q", "bound": "bound"}
+RATIO = np.log(3.0)
+"""most nats by which the model may prefer a thought to the guide, for the control variate"""
 TOKENS_OF_A_TEXT = 37
 """about; for the schedule of the learning rate"""
 
@@ -39,43 +42,46 @@ def tokens_of(traces):
     return sum(text.length.sum() for text in traces.values.values()).astype(jnp.float32)
 
 
-def weighted_sum(log_w, log_p):
-    weights = vi.importance_weights(log_w)
-    return jnp.where(weights > 0, weights * log_p, 0.0).sum()
-
-
 def rejection(params, traces, item):
     """Less the mean log probability of texts with the right answer, others counting as 0."""
     right = (traces.values["answer"].tokens == item["answer"]).all(axis=-1)
     log_p = vi.log_density(answers.answering, traces, *lms(params), item).nats
-    return -jnp.where(right, log_p, 0.0).mean()
+    return -jnp.where(right, log_p, 0.0).mean(), right.mean()
 
 
-def forward_kl(params, thoughts, item):
-    """Less the guide's log density of the model's thoughts, weighted by how likely the answer is after each."""
-    log_w = (vi.log_density(answers.answered, thoughts, *lms(params), item) - thoughts.log_density).nats
-    log_q = vi.log_density(answers.hinted, thoughts, *lms(params), item).nats
-    return -weighted_sum(log_w, log_q)
+def sleep(params, trace, item):
+    """Less the guide's log density of a thought of the model's, having read what the model answered after it."""
+    own = item | {"answer": trace.values["answer"].tokens}
+    log_q = vi.log_density(answers.hinted, {"thought": trace.values["thought"]}, *lms(params), own).nats
+    return -log_q, log_q
 
 
 def bound(params, thoughts, item):
-    """Both phases of reweighted wake-sleep from the guide's thoughts."""
+    """Both phases of reweighted wake-sleep from the guide's thoughts, less a control variate for the model: the mean of
+    p(t) / q(t) grad log p(t) over thoughts t of the guide is 0, but for what capping the ratio changes."""
     log_p = vi.log_density(answers.answered, thoughts, *lms(params), item).nats
     log_q = vi.log_density(answers.hinted, thoughts, *lms(params), item).nats
-    return -weighted_sum(log_p - log_q, log_p + log_q)
+    prior = vi.log_density(answers.thinking, thoughts, *lms(params), item).nats
+    weights, ratios = vi.importance_weights(log_p - log_q), jax.lax.stop_gradient(jnp.exp(jnp.minimum(prior - log_q, RATIO)))
+    gain = jnp.where(weights > 0, weights * (log_p + log_q), 0.0).sum() - (ratios * prior).mean()
+    return -gain, jax.nn.logsumexp(log_p - log_q) - np.log(len(log_p))
 
 
 def loss_of(cost, drawer, num_traces):
-    """The mean of a cost over a batch of problems, of traces that the drawer draws as it is; and how many tokens it draws."""
+    """The mean of a cost over a batch of problems, of traces that the drawer draws as it is; how many tokens it draws, and
+    what the cost says beside."""
 
     def objective(rng_key, params, item):
-        of = lambda traces: (cost(params, traces, item), tokens_of(traces))
+        def of(traces):
+            loss, says = cost(params, traces, item)
+            return loss, (tokens_of(traces), says)
+
         still = jax.lax.stop_gradient(lms(params))
         return vi.expectation(of, drawer, num_traces=num_traces, has_aux=True)(rng_key, *still, item)
 
     def loss(rng_key, params, batch):
-        value, tokens = vi.mean_over(objective)(rng_key, params, batch)
-        return value, {"tokens": tokens * len(batch["prompt"])}
+        value, (tokens, says) = vi.mean_over(objective)(rng_key, params, batch)
+        return value, {"tokens": tokens * len(batch["prompt"]), "says": says}
 
     return loss
 
@@ -84,7 +90,7 @@ class Budget(Exception):
     """Enough tokens have been generated."""
 
 
-def train(name, loss, params, problems, arguments, tokens):
+def train(name, loss, batch_size, params, problems, arguments, tokens):
     """Until so many tokens are generated; the parameters, and the tokens."""
     spent, found, began = 0.0, [], time.perf_counter()
 
@@ -92,17 +98,18 @@ def train(name, loss, params, problems, arguments, tokens):
         nonlocal spent
         spent = float(np.sum(fit.stats["tokens"]))
         found[:] = [fit]
-        print(f"  {name}: step {len(fit.losses)}, {spent:,.0f} tokens, loss {fit.losses[-20:].mean():.3f}, "
+        last = {"loss": fit.losses[-20:].mean(), "says": fit.stats["says"][-20:].mean()}
+        print(f"  {name}: step {len(fit.losses)}, {spent:,.0f} tokens, {last['loss']:.3f}, {SAYS[name]} {last['says']:.3f}, "
               f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
         if spent >= tokens:
             raise Budget
 
-    steps = int(tokens / (arguments.batch * arguments.traces * TOKENS_OF_A_TEXT)) + 1
+    steps = int(tokens / (arguments.batch * arguments.traces * TOKENS_OF_A_TEXT)) + 11
     schedule = optax.warmup_cosine_decay_schedule(0.0, arguments.rate, 10, steps, arguments.rate / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     with contextlib.suppress(Budget):
         learning.fit(loss, params, optimizer, num_steps=2 * steps, rng_key=jax.random.key(arguments.seed), data=problems,
-                     batch_size=arguments.batch, segment=10, on_segment=watch, progress=False)  # fmt: skip
+                     batch_size=batch_size, segment=10, on_segment=watch, progress=False)  # fmt: skip
     return found[0].params, spent
 
 
@@ -145,14 +152,14 @@ def main(argv: list[str] | None = None) -> None:
     measure("base", start, 0.0)
     if "rejection" in arguments.ways:
         loss = loss_of(rejection, answers.answering, arguments.traces)
-        params, tokens = train("rejection", loss, start, problems, arguments, arguments.tokens)
+        params, tokens = train("rejection", loss, arguments.batch, start, problems, arguments, arguments.tokens)
         measure("rejection-sampling fine-tuning", params, tokens)
     if "bound" in arguments.ways:
-        first = loss_of(forward_kl, answers.thinking, arguments.traces)
+        first, many = loss_of(sleep, answers.answering, None), arguments.batch * arguments.traces
         share = arguments.tokens * arguments.guide_share
-        params, before = train("guide", first, start, problems, arguments, share)
+        params, before = train("guide", first, many, start, problems, arguments, share)
         loss = loss_of(bound, answers.hinted, arguments.traces)
-        params, tokens = train("bound", loss, params, problems, arguments, arguments.tokens - before)
+        params, tokens = train("bound", loss, arguments.batch, params, problems, arguments, arguments.tokens - before)
         measure("bound of K traces", params, before + tokens)
     print(f"\n{'':34}{'tokens':>12}{'accuracy':>10}{'95 %':>16}")
     for name, (each, tokens) in found.items():

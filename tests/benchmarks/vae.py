@@ -137,8 +137,8 @@ def main(argv: list[str] | None = None) -> None:
             compiled[name] = step.lower(carries[name], jax.random.key(0), x).compile()
         steps = max(2, 1024 // batch)
         keys = jax.random.split(jax.random.key(2), steps)
-        for _ in range(arguments.rounds):
-            for name in ways:
+        for k in range(arguments.rounds):
+            for name in np.random.default_rng(k).permutation(list(ways)):  # each follows each other as often
                 began = time.perf_counter()
                 for key in keys:
                     carries[name], losses[name] = compiled[name](carries[name], key, x)

@@ -155,6 +155,13 @@ class TestCompilation:
 
 
 class TestStopping:
+    @pytest.fixture(autouse=True)
+    def interruptible(self):
+        """A process that a shell starts in the background ignores interrupts."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_patience_keeps_the_best(self):
         losses, seen = iter([3.0, 1.0, np.nan, 2.0, 1.5, 0.0]), []
         found = fit(num_steps=100, segment=4, patience=3, validate=lambda p: seen.append(p) or next(losses))
