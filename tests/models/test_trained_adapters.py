@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
 from latentrace import inference, models, ppl
+from latentrace.inference import learning, vi
 from latentrace.ppl import run
 from latentrace.ppl.errors import SiteError
 
@@ -168,6 +170,34 @@ def test_lora_errors(tmp_path):
     lora.save(lora.init(KEY), tmp_path)
     with pytest.raises(models.CheckpointError, match=r"q_proj has shape \(24, 16\), the base model's is \(16, 16\)"):
         models.LoRA.load(transformer(head_dim=4), tmp_path)
+
+
+@pytest.mark.parametrize("adapter", [models.LoRA(SMALL, 2), models.SoftPrompt(SMALL, 2)], ids=["LoRA", "soft prompt"])
+def test_a_guide_with_an_adapter_learns_the_posterior(adapter):
+    prompt = [2, 3, 4] if isinstance(adapter, models.LoRA) else [*adapter.ids, 2, 3, 4]
+
+    @ppl.program
+    def model(guide_lm):
+        likes_late_tokens(SMALL, [2, 3, 4])
+
+    @ppl.program
+    def guide(guide_lm):
+        ppl.generate("text", ppl.prompt(guide_lm, prompt), max_tokens=3)
+
+    best = inference.Exact().run(KEY, model, None).log_evidence
+    objective = vi.elbo(model, guide, num_samples=64)
+    loss = lambda rng_key, params: -objective(rng_key, adapter.apply(params))
+    fitted = learning.fit(loss, adapter.init(KEY), optax.adam(0.03), num_steps=80, rng_key=KEY, progress=False)
+    gaps = [best + float(loss(jax.random.key(9), params)) for params in (adapter.init(KEY), fitted.params)]
+    assert gaps[0] > 0.15
+    assert -0.05 < gaps[1] < 0.4 * gaps[0], gaps
+
+
+def test_an_adapter_applied_inside_a_program_is_refused():
+    lora = models.LoRA(SMALL, 2)
+    inside = ppl.program(lambda params: likes_late_tokens(lora.apply(params), [2, 3]))
+    with pytest.raises(SiteError, match=r"computed inside the program.*as an argument"):
+        inference.SMC(4).run(KEY, inside, lora.init(KEY))
 
 
 # --- soft prompts -----------------------------------------------------------------------------------------------------
