@@ -15,7 +15,6 @@ from .proposals import AllowedTokens, Constraint, Draft, LearnedTwist, Proposal,
 from .sites import (
     extend_p,
     features_p,
-    flatten,
     generate_p,
     hoist,
     least_padding,
@@ -141,13 +140,7 @@ def prompt(lm: LanguageModel, text: str | Sequence[int] | Array = "", *, pad_to:
     if not isinstance(lm, LanguageModel):
         raise SiteError(f"prompt: expected a LanguageModel, found {type(lm).__name__}; load one with `models.load`")
     tokens = given_tokens(lm, text, "prompt", start=True, pad_to=pad_to)
-    handle = prompt_p.bind(tokens, model=model_number(lm), name="prompt()")[0]
-    if any(getattr(x, "_trace", None) is handle._trace for x in flatten(lm)[0]):
-        raise SiteError(
-            "prompt: the language model is computed inside the program, where inference cannot reach it; compute it before, "
-            "such as `lora.apply(params)`, and hand it to the program as an argument"
-        )
-    return Context(handle, lm)
+    return Context(prompt_p.bind(tokens, model=model_number(lm), name="prompt()")[0], lm)
 
 
 def extend(context: Context, text: str | Sequence[int] | Array | Text) -> Context:

@@ -193,13 +193,6 @@ def test_a_guide_with_an_adapter_learns_the_posterior(adapter):
     assert -0.05 < gaps[1] < 0.4 * gaps[0], gaps
 
 
-def test_an_adapter_applied_inside_a_program_is_refused():
-    lora = models.LoRA(SMALL, 2)
-    inside = ppl.program(lambda params: likes_late_tokens(lora.apply(params), [2, 3]))
-    with pytest.raises(SiteError, match=r"computed inside the program.*as an argument"):
-        inference.SMC(4).run(KEY, inside, lora.init(KEY))
-
-
 # --- soft prompts -----------------------------------------------------------------------------------------------------
 
 
