@@ -105,14 +105,17 @@ def visited(tree: Any, site: SiteRef) -> Any:
 
 
 class Repeating:
-    """What choices that repeat some of a trace and draw the others have in common: a field `drawn`, and `_kept`."""
+    """What choices that repeat some of a trace and draw the others have in common: a field `drawn`, and `_kept`.
+
+    By itself it repeats nothing and passes on what is drawn.
+    """
 
     drawn: Choices
     _replace: Any
 
     def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
         """The trace's value where it is repeated, else what was drawn."""
-        raise NotImplementedError
+        return drawn
 
     def supply(self, spec: Spec | None, active: Any) -> None:
         return None

@@ -43,9 +43,6 @@ class _Messages(Repeating, _Drawn):
             )
         return numpyro.sample(site.name, distribution), self
 
-    def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
-        return drawn
-
 
 class _Flows(Messenger):
     """Draws NumPyro's auxiliary transformed variables by `flow`."""

@@ -226,11 +226,9 @@ class MeasureValued(Estimator):
         if isinstance(of, BERNOULLI):
             probs = jnp.broadcast_to(of.probs, value.shape)
             return Pairs([(probs, jnp.ones_like(probs), jnp.ones_like(value), jnp.zeros_like(value))])
-        if isinstance(of, CATEGORICAL):
-            probs = jnp.broadcast_to(of.probs, (*value.shape, of.probs.shape[-1]))
-            one = jnp.ones_like(probs[..., 0])
-            return Pairs([(probs[..., k], one, jnp.full_like(value, k), value) for k in range(probs.shape[-1])])
-        raise NotImplementedError(_name(of))
+        probs = jnp.broadcast_to(of.probs, (*value.shape, of.probs.shape[-1]))  # Categorical: `check` has refused all others
+        one = jnp.ones_like(probs[..., 0])
+        return Pairs([(probs[..., k], one, jnp.full_like(value, k), value) for k in range(probs.shape[-1])])
 
     def _normal(self, of: Any, value: Array, draw: Draw) -> Pairs:
         """Location: Rayleigh variables to both sides. Scale: a double-sided Maxwell variable against a normal one."""

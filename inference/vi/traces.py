@@ -165,9 +165,6 @@ class Estimated(Repeating, _Estimated):
             value = jnp.where(there, jax.lax.stop_gradient(instead).astype(value.dtype), value)
         return value, self._replace(drawn=draws.drawn)
 
-    def _kept(self, site: SiteRef, drawn: Array, number: Array, step: Array | None = None) -> Array:
-        return drawn
-
 
 class Draft(NamedTuple):
     """How one trace is drawn."""

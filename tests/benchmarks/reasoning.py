@@ -28,6 +28,9 @@ from latentrace.models.reasoner.evaluate import bootstrap_interval
 LM = models.load("reasoner")
 BASE, TREE = jax.tree.flatten(LM)
 SAYS = {"rejection": "right", "guide": "log q", "bound": "bound"}
+"""what the cost of each way says beside"""
+WARMUP = 10
+"""steps"""
 RATIO = np.log(3.0)
 """most nats by which the model may prefer a thought to the guide, for the control variate"""
 TOKENS_OF_A_TEXT = 37
@@ -64,7 +67,7 @@ def bound(params, thoughts, item):
     prior = vi.log_density(answers.thinking, thoughts, *lms(params), item).nats
     weights, ratios = vi.importance_weights(log_p - log_q), jax.lax.stop_gradient(jnp.exp(jnp.minimum(prior - log_q, RATIO)))
     gain = jnp.where(weights > 0, weights * (log_p + log_q), 0.0).sum() - (ratios * prior).mean()
-    return -gain, jax.nn.logsumexp(log_p - log_q) - np.log(len(log_p))
+    return -gain, vi.objectives.log_mean_exp(log_p - log_q)
 
 
 def loss_of(cost, drawer, num_traces):
@@ -98,14 +101,14 @@ def train(name, loss, batch_size, params, problems, arguments, tokens):
         nonlocal spent
         spent = float(np.sum(fit.stats["tokens"]))
         found[:] = [fit]
-        last = {"loss": fit.losses[-20:].mean(), "says": fit.stats["says"][-20:].mean()}
-        print(f"  {name}: step {len(fit.losses)}, {spent:,.0f} tokens, {last['loss']:.3f}, {SAYS[name]} {last['says']:.3f}, "
+        cost, says = fit.losses[-20:].mean(), fit.stats["says"][-20:].mean()
+        print(f"  {name}: step {len(fit.losses)}, {spent:,.0f} tokens, loss {cost:.3f}, {SAYS[name]} {says:.3f}, "
               f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
         if spent >= tokens:
             raise Budget
 
-    steps = int(tokens / (arguments.batch * arguments.traces * TOKENS_OF_A_TEXT)) + 11
-    schedule = optax.warmup_cosine_decay_schedule(0.0, arguments.rate, 10, steps, arguments.rate / 20)
+    steps = WARMUP + 1 + int(tokens / (arguments.batch * arguments.traces * TOKENS_OF_A_TEXT))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, arguments.rate, WARMUP, steps, arguments.rate / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     with contextlib.suppress(Budget):
         learning.fit(loss, params, optimizer, num_steps=2 * steps, rng_key=jax.random.key(arguments.seed), data=problems,
