@@ -52,6 +52,10 @@ class Expectation:
         while hasattr(guide, "around"):  # a distribution made of a program
             fn, guide, num_traces = guide.around(fn, num_traces, args)
         if hasattr(guide, "expect"):  # a sampler of its own, which has no gradient
+            if self.estimators:
+                raise SiteError(
+                    f"estimators: {type(guide).__name__} has no gradient to estimate in its sampler; leave them out"
+                )
             value, aux = guide.expect(fn, num_traces, self.num_samples, rng_key, args, self.has_aux)
             return (value, aux) if self.has_aux else value
         staged = stage_guide(guide, args)

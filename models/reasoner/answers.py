@@ -24,7 +24,7 @@ THOUGHT_TOKENS = word_problems.MOST_STEPS * LINE + 1
 """Most tokens of what precedes an answer, the word before it included."""
 ANSWER_TOKENS = 4
 """A space, a number, a newline, the end."""
-MISPRINTS = 0.01
+MISPRINTS = 0.1
 """share of given answers that are any number, whatever the thought"""
 
 

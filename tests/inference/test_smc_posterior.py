@@ -69,5 +69,26 @@ def test_several_traces_and_no_gradient():
     value, slope = jax.value_and_grad(bound, argnums=1)(jax.random.key(0), 0.8)
     assert abs(value - jnp.log(0.7 + 0.3 * jnp.exp(0.8))) < 0.1
     assert abs(slope) > 0  # of the model at fixed traces
+    guide = vi.smc_posterior(moved, inference.SMC(4))
+    with pytest.raises(SiteError, match="no gradient to estimate in its sampler"):
+        vi.iwae(moved, guide, 3, estimators={"x": vi.ScoreFunction()})(jax.random.key(0), 0.8)
     with pytest.raises(SiteError, match="no conditional form of resampling 'stratified'"):
         vi.smc_posterior(chain, inference.SMC(4, resample="stratified"))
+
+
+@pytest.mark.parametrize("num_traces", [None, 3])
+def test_what_a_function_returns_beside_its_value_is_averaged(num_traces):
+    """Over draws of SMC as over those of a program, from which it does without observations."""
+
+    @ppl.program
+    def plain():
+        ppl.sample("x", dist.Bernoulli(0.3))
+
+    fn = lambda trace: (2.0 * trace.values["x"].sum(), {"x": trace.values["x"]})
+    shape = () if num_traces is None else (num_traces,)
+    for guide in (plain, vi.smc_posterior(plain, inference.SMC(2))):
+        expectation = vi.expectation(fn, guide, num_traces=num_traces, num_samples=2000, has_aux=True)
+        value, aux = expectation(jax.random.key(0))
+        assert aux["x"].shape == shape
+        assert abs(aux["x"] - 0.3).max() < 4.5 * (0.21 / 2000) ** 0.5
+        np.testing.assert_allclose(value, 2.0 * aux["x"].sum(), rtol=1e-5)
