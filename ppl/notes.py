@@ -72,8 +72,21 @@ def entropy_of(logits: Array) -> Array:
     return -jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0).sum()
 
 
-def split_notes(records: dict[str, Any]) -> tuple[dict[str, Any], dict[str, About]]:
-    """The values of a walk's records, and the notes by site."""
-    notes = {name: value for name, value in records.items() if isinstance(value, About)}
-    values = {name: value for name, value in records.items() if name not in notes}
-    return values, {name[len("about(") : -1]: note for name, note in notes.items()}
+class Walked(NamedTuple):
+    """What a walk recorded."""
+
+    values: dict[str, Any]
+    """of every site, as the interpreter records them"""
+    active: dict[str, Array]
+    returned: list[Array]
+    notes: dict[str, About]
+    """of every random site"""
+
+
+def walked(run: "Interpreter", cells: list[Any]) -> Walked:
+    """What an interpreter that has notes recorded; `cells` are those of what the program returns."""
+    records = {name: run.frame.get(value) for name, (value, _) in run.records.items()}
+    values = {name: value for name, value in records.items() if not isinstance(value, About)}
+    notes = {name: records[about(name)] for name in values if about(name) in records}
+    active = {name: run.frame.get(run.records[name][1]) for name in values}
+    return Walked(values, active, [jnp.asarray(run.frame.get(cell)) for cell in cells], notes)

@@ -9,7 +9,7 @@ from .again import Repeated, rewound
 from .arena import Arena, Prompt
 from .choices import Choices
 from .interpreter import Interpreter, first_state
-from .notes import About, Notes, split_notes
+from .notes import About, Notes, walked
 from .run import Arrays, models_of
 from .staging import Staged
 from .state import State, Tempering
@@ -73,11 +73,9 @@ def walk(
     if before is not None:
         run.prompts_before = before.prompts
     cells = run.walk(staged.jaxpr, [run.frame.put(x) for x in arrays.inputs])
-    records, about = split_notes({name: run.frame.get(v) for name, (v, _) in run.records.items()})
-    active = {name: run.frame.get(a) for name, (_, a) in run.records.items() if name in records}
-    returned = [jnp.asarray(run.frame.get(c)) for c in cells]
     s, prompts = run.state, {m: run.read_prompts(m) for m in run.prompts}
-    return Walk(records, active, returned, about, s.log_weight, s.made, s.arenas, prompts), s
+    found = walked(run, cells)
+    return Walk(found.values, found.active, found.returned, found.notes, s.log_weight, s.made, s.arenas, prompts), s
 
 
 def _records(before: Walk | None) -> tuple[dict[str, Any], dict[str, About]]:

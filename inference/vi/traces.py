@@ -16,7 +16,7 @@ from latentrace.ppl.credit import Redrawn
 from latentrace.ppl.decode import weighted
 from latentrace.ppl.errors import SiteError, SiteNameError, near_misses
 from latentrace.ppl.interpreter import Interpreter, first_state
-from latentrace.ppl.notes import About, Notes, split_notes
+from latentrace.ppl.notes import About, Notes, walked
 from latentrace.ppl.program import as_program
 from latentrace.ppl.run import Arrays, Settings, arrays_of, given_arrays, label_values, models_of, runner
 from latentrace.ppl.staging import Staged, random_sites, stage, trace_eqns
@@ -230,10 +230,8 @@ def draw_traces(staged: Staged, plan: Plan, drafts: Draft, size: int, given: Map
         run = interpreter(skeleton, arrays, state, {**texts, **known})
         run.notes, run.is_density = Notes(visit=plan.visit), False
         cells = run.walk(skeleton.jaxpr, [run.frame.put(x) for x in arrays.inputs])
-        values, about = split_notes({name: run.frame.get(v) for name, (v, _) in run.records.items()})
-        active = {name: run.frame.get(a) for name, (_, a) in run.records.items() if name in values}
-        returned = [jnp.asarray(run.frame.get(c)) for c in cells]
-        return Drawn(values, active, returned, about, run.state.log_weight)
+        found = walked(run, cells)
+        return Drawn(found.values, found.active, found.returned, found.notes, run.state.log_weight)
 
     return over_leading(one, drafts, texts)  # type: ignore[no-any-return]
 
