@@ -26,6 +26,8 @@ ANSWER_TOKENS = 4
 """A space, a number, a newline, the end."""
 MISPRINTS = 0.1
 """share of given answers that are any number, whatever the thought"""
+LOG_RIGHT, LOG_MISPRINT = np.log1p(-MISPRINTS), np.log(MISPRINTS / (LARGEST_NUMBER + 1))
+"""nats: that an answer is as it follows from a thought; that it is a certain misprint"""
 
 
 def arrays(lm: LanguageModel, problems: Sequence[tuple[str, word_problems.Solution]]) -> dict[str, np.ndarray]:
@@ -57,7 +59,7 @@ def answered(lm: LanguageModel, guide_lm: LanguageModel, item: dict[str, Any]) -
     """
     context = ppl.extend(_thought(ppl.prompt(lm, item["prompt"])), item["answer"][:1])
     log_right = jax.nn.log_softmax(lm.unembed(ppl.features(context)[None])[0])[item["answer"][1]]
-    ppl.factor("answer", jnp.logaddexp(np.log1p(-MISPRINTS) + log_right, np.log(MISPRINTS / (LARGEST_NUMBER + 1))))
+    ppl.factor("answer", jnp.logaddexp(LOG_RIGHT + log_right, LOG_MISPRINT))
 
 
 @ppl.program

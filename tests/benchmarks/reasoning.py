@@ -4,7 +4,7 @@ What leads from a training problem to its answer is latent. Compared on held-out
 
 - rejection: rejection-sampling fine-tuning. Of the model's own texts those with the right answer are learned, by maximum
   likelihood; on texts of the model as it is, that climbs the share of right ones.
-- own: the bound of K traces (`vi.iwae`) on the log probability of the answer, of the model's own thoughts.
+- own: the bound of K traces on the log probability of the answer, by the model's own thoughts.
 - bound: the same of thoughts drawn by a guide that has read the answer. It learns by forward KL: first from thoughts and
   answers of the model's own (the sleep phase of wake-sleep, where every text teaches), then, beside the model, from its own
   thoughts, weighted by how likely model and answer make them (the wake phases).
@@ -27,6 +27,7 @@ import optax
 
 from latentrace import inference, models, ppl
 from latentrace.inference import learning, vi
+from latentrace.inference.vi.objectives import log_mean_exp
 from latentrace.models.reasoner import answers, word_problems
 from latentrace.models.reasoner.evaluate import bootstrap_interval
 
@@ -34,6 +35,8 @@ LM = models.load("reasoner")
 BASE, TREE = jax.tree.flatten(LM)
 SAYS = {"rejection": "right", "guide": "log q", "own": "bound", "bound": "bound"}
 """what the cost of each way says beside"""
+NEVER = -100.0
+"""nats, of what cannot be: thoughts without an end"""
 WARMUP = 10
 """steps"""
 TOKENS_OF_A_TEXT = 37
@@ -62,20 +65,38 @@ def sleep(params, trace, item):
     return -log_q, log_q
 
 
+def evidence(log_p, prior, log_q):
+    """Of K thoughts, float32[K] each: less the log probability of the answer, with a control variate; its value; the weights
+    float32[K] of the thoughts in it.
+
+    An answer that is misprinted says nothing of the thoughts, so they count where it is not; the log of what they say of 1,
+    the share of all thoughts, estimates 0 and takes noise from the gradient (a little bias, too, as any ratio of estimates).
+    """
+    log_q = jax.lax.stop_gradient(log_q)
+    log_ratio = jnp.maximum(log_p - log_q, NEVER)
+    log_right = answers.LOG_RIGHT + log_mean_exp(log_ratio)
+    found = jnp.logaddexp(log_right, answers.LOG_MISPRINT)
+    weights = jax.lax.stop_gradient(jnp.exp(log_right - found) * jax.nn.softmax(log_ratio))
+    return weights.sum() * log_mean_exp(prior - log_q) - found, found, weights
+
+
+def densities(params, thoughts, item):
+    """Under the model: float32[K], nats, of thoughts with the problem's answer, and of thoughts."""
+    log_p = vi.log_density(answers.answering.condition({"answer": item["answer"]}), thoughts, *lms(params), item).nats
+    return log_p, vi.log_density(answers.thinking, thoughts, *lms(params), item).nats
+
+
 def own(params, thoughts, item):
     """Less the bound of the model's own thoughts."""
-    log_p = vi.log_density(answers.answered, thoughts, *lms(params), item).nats
-    found = vi.objectives.log_mean_exp(log_p - jax.lax.stop_gradient(thoughts.log_density.nats))
-    return -found, found
+    loss, found, _ = evidence(*densities(params, thoughts, item), thoughts.log_density.nats)
+    return loss, found
 
 
 def bound(params, thoughts, item):
     """Less the bound of the guide's thoughts, and what the guide learns from them: both wake phases of wake-sleep."""
-    log_p = vi.log_density(answers.answered, thoughts, *lms(params), item).nats
     log_q = vi.log_density(answers.hinted, thoughts, *lms(params), item).nats
-    weights = vi.importance_weights(log_p - log_q)
-    found = vi.objectives.log_mean_exp(log_p - jax.lax.stop_gradient(log_q))
-    return -found - jnp.where(weights > 0, weights * log_q, 0.0).sum(), found
+    loss, found, weights = evidence(*densities(params, thoughts, item), log_q)
+    return loss - (weights * log_q).sum(), found
 
 
 def loss_of(cost, drawer, num_traces):
