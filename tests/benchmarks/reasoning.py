@@ -12,11 +12,12 @@ What leads from a training problem to its answer is latent. Compared on held-out
 Held-out problems are answered several times each. Accuracy is the share of right texts; "any" and "majority" are the shares of
 problems where any text, or the most common answer, is right.
 
-    python tests/benchmarks/reasoning.py --tokens 900000
+    python tests/benchmarks/reasoning.py  # the table, about 35 minutes on two cores
 """
 
 import argparse
 import contextlib
+import itertools
 import random
 import time
 
@@ -76,7 +77,7 @@ def evidence(log_p, prior, log_q):
     log_ratio = jnp.maximum(log_p - log_q, NEVER)
     log_right = answers.LOG_RIGHT + log_mean_exp(log_ratio)
     found = jnp.logaddexp(log_right, answers.LOG_MISPRINT)
-    weights = jax.lax.stop_gradient(jnp.exp(log_right - found) * jax.nn.softmax(log_ratio))
+    weights = jax.lax.stop_gradient(jnp.exp(log_right - found)) * vi.importance_weights(log_ratio)
     return weights.sum() * log_mean_exp(prior - log_q) - found, found, weights
 
 
@@ -174,8 +175,8 @@ def accuracy(params, questions, samples, seed=0):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=float, default=9e5, help="that each way may generate")
-    parser.add_argument("--problems", type=int, default=300, help="held out")
+    parser.add_argument("--tokens", type=float, default=6e5, help="that each way may generate")
+    parser.add_argument("--problems", type=int, default=800, help="held out")
     parser.add_argument("--samples", type=int, default=8, help="of each held-out problem")
     parser.add_argument("--traces", type=int, default=8, help="of each problem of a step")
     parser.add_argument("--batch", type=int, default=16, help="problems of a step")
@@ -209,8 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         low, high = bootstrap_interval(each[:, 0])
         mean, some, most = each.mean(axis=0)
         print(f"{name:12}{tokens:12,.0f}{mean:10.3f}{low:8.3f} - {high:.3f}{some:8.3f}{most:10.3f}")
-    for name in [name for name in found if name not in ("base", "rejection")]:
-        for other in [other for other in ("base", "rejection") if other in found]:
+    for name, other in itertools.product(("own", "bound"), ("base", "rejection")):
+        if name in found and other in found:
             gain = found[name][0][:, 0] - found[other][0][:, 0]
             low, high = bootstrap_interval(gain)
             print(f"{name} less {other}, problem by problem: {gain.mean():.3f} ({low:.3f} to {high:.3f})")

@@ -78,8 +78,6 @@ def test_several_traces_and_no_gradient():
 
 @pytest.mark.parametrize("num_traces", [None, 3])
 def test_what_a_function_returns_beside_its_value_is_averaged(num_traces):
-    """Over draws of SMC as over those of a program, from which it does without observations."""
-
     @ppl.program
     def plain():
         ppl.sample("x", dist.Bernoulli(0.3))
